@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0
+// The engine's structures. Locking:
+//
+// One mutex per pager, `lock`, guards everything that says so below. It is held for bookkeeping only, never across a
+// system call that may fault on a registered page or wait for a source, so a thread that waits in a fault never holds it
+// and a thread that forks can take it. State words are changed by compare-and-swap or by the owner of an owned state, so
+// that a later delivery inside the faulting thread can join without the lock.
+//
+// A block in an owned state always has a record that says so (struct uf_op or struct uf_job), written under `lock`
+// before the state and removed after it: fork's child handler finds what has lost its owner there.
+#ifndef UF_TYPES_H
+#define UF_TYPES_H
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/types.h>
+
+#include "ring.h"
+#include "uapi.h"
+#include "uf.h"
+
+enum {
+	UF_JOBS = UF_RING_ENTRIES, // reads under way outside the fault thread; job i uses ring entry i and slot i
+	UF_JOBS_AHEAD = 48,        // of these, at most so many for readahead and prefetch: demand always finds one
+	UF_PENDING = 4096,         // faults that wait for a free job
+	UF_OPS = 128,              // threads that own blocks at the same time
+	UF_OPS_FAULT = 4,          // of these, kept for the fault thread
+	UF_FILLERS = 16,           // threads that prefetch at the same time; each may need a second op to make room
+	UF_LEAST_BLOCKS = 8,       // a budget holds so many: one instruction may need several, and each thread its own
+	UF_BATCH = 64,             // blocks per eviction batch
+	UF_STREAMS = 4,
+	UF_BACKGROUND = 8,         // background fills per memory
+	UF_IO_THREADS = 4,
+};
+
+// A state word: bits 0-3 enum uf_state; bit 4 the block is on its pool's main queue; bit 5 it came as part of a 2 MiB
+// extent (and is evicted with it); bits 8-31 the eviction stamp while ABSENT (a ghost: see pool.c), the slot while WRITING.
+#define UF_STATE(w) ((enum uf_state)((w)&15u))
+#define UF_WORD_MAIN 16u
+#define UF_WORD_HUGE 32u
+#define UF_WORD_MARKED 64u   // LOADING, and its pages still carry poison
+#define UF_WORD_DROPPED 128u // LOADING, and a fault was dropped: the owner must wake (see copy_run)
+#define UF_STAMP_SHIFT 8
+
+#define UF_NIL UINT64_MAX
+#define UF_LONGEST_NS (1ULL << 60) // times are added to the clock
+
+// Queue links of a resident block. A reference names a block of any memory: id << 32 | block.
+struct uf_link {
+	uint64_t prev, next;
+};
+
+struct uf_queue {
+	uint64_t head, tail; // in at the head, out at the tail
+	uint64_t bytes;
+};
+
+// A budget and what is resident in it. Guarded by lock.
+struct uf_pool {
+	uint64_t limit;    // 0: only the pager's limit counts
+	uint64_t least;    // bytes below which the limit does not go
+	uint64_t reserved; // kept elsewhere by sources, taken off the limit
+	uint64_t resident, peak;
+	uint64_t stamp;    // evicted bytes so far, in pages: the clock of the ghosts
+	struct uf_queue probation, main;
+	bool low;          // the fault thread should make room before the next fault needs it
+	_Atomic bool full; // nearly: what comes in displaces something
+};
+
+struct uf_stream {
+	uint64_t expect, last, next; // the block that continues it; the last demanded one; first block not yet asked for
+	int64_t stride;              // blocks; 1 = sequential
+	int64_t candidate;           // a distance seen once
+	uint64_t window;             // blocks to ask for ahead
+	uint64_t used;               // clock of last use
+	bool live;
+};
+
+struct uf_range {
+	uint64_t first, count;
+};
+
+// Blocks first, first + step, ... that the fault thread fills when no fault waits.
+struct uf_background {
+	uint64_t first, count;
+	int64_t step;
+	uint64_t trigger; // the job that reads this block is held as a tripwire; UF_NIL = none
+	uint8_t kind;
+};
+
+struct uf_memory {
+	// Set at creation, constant afterwards.
+	struct uf_pager *pager;
+	uint32_t id;
+	char *base;
+	size_t length; // bytes mapped: nblocks << shift
+	void *reserve;
+	size_t reserve_length;
+	uint64_t nbytes, nblocks;
+	unsigned shift;
+	enum uf_source_kind kind;
+	const char *address;
+	int fd;
+	uint64_t offset;
+	uint32_t source_id;
+	bool inline_file; // pread never waits long here (tmpfs)
+	char name[UF_NAME_MAX];
+	_Atomic uint32_t *state;
+	struct uf_link *links;
+	struct uf_pool own;
+	struct uf_pool *pool;
+	uint64_t reserved;
+
+	// Set at creation, and again by fork's child handler while it is the only thread.
+	int uffd;
+	bool wp;      // registered for write protection: pages are mapped writable but installed protected
+	bool extents; // 2 MiB extents may be moved in
+
+	_Atomic uint64_t refs; // the creator, jobs and operations under way
+	_Atomic bool closed;
+	bool destroyed; // the creator's reference is gone; guarded by lock
+	atomic_bool told_of_drops;
+	atomic_bool no_nowait; // preadv2(RWF_NOWAIT) is not supported by this file
+
+	// Guarded by the pager's lock.
+	enum uf_advice advice;
+	struct uf_stream streams[UF_STREAMS];
+	uint64_t stream_clock;
+	struct uf_background background[UF_BACKGROUND];
+	unsigned nbackground;
+	int held[UF_STREAMS]; // jobs whose bytes wait in their slots as tripwires (readahead.c), -1 = none
+	uint64_t quiet_until; // readahead is off until this many faults: a run of blocks failed
+	struct uf_stats stats;
+	unsigned errlog_next;
+	struct uf_trace_record *trace;
+	uint32_t trace_capacity;
+	uint64_t trace_in, trace_out;
+};
+
+enum uf_job_state {
+	UF_JOB_FREE,
+	UF_JOB_RING,    // in the ring, to be taken or taken by a worker
+	UF_JOB_IO,      // waits for an I/O thread
+	UF_JOB_RUNNING, // an I/O thread reads, or bytes are being installed
+	UF_JOB_DELAYED, // will be tried again at `due_ns`
+	UF_JOB_HELD,    // read, kept in its slot until a fault asks for it
+};
+
+// A ticket collects the outcome of jobs that somebody waits for. Lives on the waiter's stack; guarded by lock.
+struct uf_ticket {
+	unsigned pending;
+	bool split; // a run of blocks failed: ask again, block by block
+	struct uf_failure failure; // the first one; err 0 = none
+};
+
+struct uf_job {
+	enum uf_job_state state;
+	struct uf_memory *memory; // a reference; NULL for LOAD
+	uint64_t first, count;    // blocks, all LOADING
+	uint8_t kind;             // enum uf_trace_kind
+	bool demanded;            // a fault waits
+	bool hold;                // becomes HELD when read
+	bool abandoned;           // LOAD: nobody waits any more
+	bool late;                // its worker was killed because of it
+	unsigned tries;
+	unsigned lost;            // workers that died with it
+	uint32_t source;          // the ring is not asked: workers write there
+	unsigned target;          // worker, or UF_ANY_WORKER
+	uint64_t seq, posted_ns, due_ns, fault_ns;
+	struct uf_ticket *ticket;
+	// LOAD only
+	void *reply;
+	size_t reply_length;
+	int result; // 0 replied, 1 failed with a reply, negative errno
+	char message[UF_MESSAGE_MAX];
+};
+
+// A thread that owns blocks outside a job: an inline load, or a batch of evictions.
+struct uf_op {
+	bool used;
+	enum uf_state owned; // LOADING or EVICTING
+	unsigned n;
+	struct {
+		struct uf_memory *memory; // a reference
+		uint64_t first, count;
+	} part[UF_BATCH];
+};
+
+// Two MiB that are filled and then moved or copied in. One per thread that installs.
+struct uf_staging {
+	char *area;
+	bool huge;
+};
+
+struct uf_source_entry {
+	bool used, affinity;
+	unsigned memories; // open ones that read it
+	void *blob;
+	size_t length;
+	uint64_t cache;
+	unsigned target;   // the worker it goes to with `affinity`
+	uint32_t generation;
+};
+
+struct uf_worker {
+	pid_t pid; // 0: none
+	int pidfd;
+	bool wanted;
+	bool answered; // since it was started
+	unsigned quick_deaths; // in a row, before an answer
+	uint64_t started_ns, not_before_ns, killed_ns; // killed_ns: for a read that took too long, 0 = not
+	struct uf_failure failure; // why it does not start, err 0 = it may
+};
+
+enum uf_phase { UF_IDLE, UF_RUNNING, UF_STOPPING };
+
+struct uf_pager {
+	pthread_mutex_t lock;
+	pthread_cond_t changed; // job done, job free, phase changed; broadcast under lock
+	struct uf_pager *next;  // list of all pagers, guarded by registry_lock
+
+	// Constant after creation.
+	struct uf_pager_options options;
+	char **worker_argv, **worker_env;
+	size_t page;
+
+	// Guarded by lock from here on.
+	enum uf_phase phase;
+	struct uf_memory **memories; // by id; NULL = free
+	uint32_t memories_capacity, memories_open;
+	uint32_t holders; // open memories and live sources: what keeps the threads running
+	struct uf_pool shared;
+	_Atomic bool attention; // set with each of rescan, low and pending: the fault thread looks without lock
+	bool low;                // some pool is
+	uint64_t limit, least, resident, resident_peak, reserved;
+	unsigned fillers;
+	struct uf_op ops[UF_OPS];
+	struct uf_job jobs[UF_JOBS];
+	unsigned jobs_used, jobs_ahead;
+	uint64_t job_seq;
+	struct {
+		uint32_t memory;
+		uint64_t block;
+	} pending[UF_PENDING];
+	unsigned pending_head, pending_count;
+	bool rescan; // background work may go on
+
+	// Fault thread. The descriptors live as long as the phase is not IDLE.
+	pthread_t fault_thread, super_thread, io_threads[UF_IO_THREADS];
+	bool fault_started, super_started, super_joinable;
+	unsigned io_started;
+	int epfd, bell, super_bell, pagemap_fd;
+	bool stop_fault, stop_super, stop_io;
+	pthread_cond_t io_work;
+	struct uf_staging fault_staging;
+
+	// Ring and workers; exist from the first worker source on.
+	struct uf_ring *ring;
+	size_t ring_size;
+	int ring_fd, blob_fd;
+	uint64_t blob_end;
+	struct uf_source_entry sources[UF_RING_SOURCES];
+	uint32_t source_generation;
+	struct uf_worker workers[UF_MAX_WORKERS];
+	uint64_t idle_since_ns;
+	uint64_t workers_started, workers_lost, requests, requests_reissued;
+};
+
+#endif
