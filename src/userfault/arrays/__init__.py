@@ -1,0 +1,7 @@
+"""Arrays whose memory fills itself."""
+
+from userfault.arrays._memory_of import memory_of
+from userfault.arrays._open import open
+from userfault.arrays._tensors import TensorFile
+
+__all__ = ["TensorFile", "memory_of", "open"]

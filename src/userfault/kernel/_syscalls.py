@@ -1,0 +1,103 @@
+"""The system calls that Python's standard library has no function for, through ctypes; errors are `OSError`.
+
+ctypes releases the GIL around each call (`CDLL`), so a call that waits for a page fault blocks only its own
+thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import os
+from typing import TYPE_CHECKING, Final
+
+from userfault.kernel._ioc import architecture
+from userfault.kernel.abi import SYSCALL_NUMBERS, UFFD_DEVICE, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["ioctl", "madvise_self", "open_by_device", "open_by_syscall"]
+
+_GENERIC_NUMBER: Final = 282  # userfaultfd in include/uapi/asm-generic/unistd.h
+# All architectures share the numbers from 424 on, but for Alpha, which is 110 ahead.
+_PROCESS_MADVISE: Final = 550 if architecture() == "alpha" else 440
+_DEFAULT_FLAGS: Final = os.O_CLOEXEC | os.O_NONBLOCK
+
+
+@functools.cache
+def _syscall() -> Callable[..., int]:
+    # Loaded at the first use: `import userfault.kernel` shall cost nothing.
+    function = ctypes.CDLL(None, use_errno=True).syscall
+    function.restype = ctypes.c_long
+    return function
+
+
+def _checked(name: str, result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+    return result
+
+
+def open_by_syscall(flags: int = _DEFAULT_FLAGS) -> int:
+    """Open a userfaultfd with the system call.
+
+    Raises:
+        OSError: EPERM without privilege, ENOSYS without CONFIG_USERFAULTFD or behind a seccomp filter that
+        pretends so,
+            EINVAL for an unknown flag (`USER_MODE_ONLY` before Linux 5.11).
+    """
+    number = SYSCALL_NUMBERS.get(architecture(), _GENERIC_NUMBER)
+    return _checked("userfaultfd", _syscall()(ctypes.c_long(number), ctypes.c_int(flags)))
+
+
+def open_by_device(flags: int = _DEFAULT_FLAGS, path: str = UFFD_DEVICE) -> int:
+    """Open a userfaultfd through the device (Linux 6.1), for which only the file's permissions count.
+
+    Raises:
+        OSError: ENOENT without the device, EACCES or EPERM without permission.
+    """
+    device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # reading permission is enough
+    try:
+        return fcntl.ioctl(device, Request.NEW, flags)
+    finally:
+        os.close(device)
+
+
+def ioctl(fd: int, request: Request, argument: bytes) -> bytes:
+    """Issue one request with a packed structure and return the structure as the kernel left it.
+
+    Raises:
+        OSError: The kernel refused; the structure is lost, so this is not for requests with partial results.
+    """
+    return fcntl.ioctl(fd, request, argument)
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def madvise_self(ranges: list[tuple[int, int]], advice: int) -> int:
+    """Advise many `(address, length)` ranges of this process in one call, and return how many bytes were.
+
+    Raises:
+        OSError: EINVAL where process_madvise(2) does not know this advice, ENOSYS before Linux 5.10.
+    """
+    vector = (_Iovec * len(ranges))(*(_Iovec(address, length) for address, length in ranges))
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        return _checked(
+            "process_madvise",
+            _syscall()(
+                ctypes.c_long(_PROCESS_MADVISE),
+                ctypes.c_int(pidfd),
+                ctypes.byref(vector),
+                ctypes.c_size_t(len(ranges)),
+                ctypes.c_int(advice),
+                ctypes.c_uint(0),
+            ),
+        )
+    finally:
+        os.close(pidfd)

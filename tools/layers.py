@@ -1,0 +1,35 @@
+"""Checks the layers of the design with import-linter: `python tools/layers.py`.
+
+import-linter reads Python sources only, so to it the compiled `userfault._engine` does not exist, and a
+forbidden import of it would go unseen. The contracts in pyproject.toml are therefore checked on a copy of the
+package in which the engine's stub stands as `_engine.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    """Return import-linter's exit code: 0 when every contract is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder, "userfault")
+        shutil.copytree(ROOT / "src" / "userfault", package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(package / "_engine.pyi", package / "_engine.py")
+        lint_imports = Path(sys.executable).with_name("lint-imports")
+        command = [lint_imports, "--config", str(ROOT / "pyproject.toml"), "--no-cache"]
+        # The copy must win over the installed package: it comes first in the path.
+        return subprocess.run(
+            command, cwd=folder, env={**os.environ, "PYTHONPATH": folder}, check=False
+        ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
