@@ -10,6 +10,11 @@ enum { TEST_TSAN = 1 };
 #else
 enum { TEST_TSAN = 0 };
 #endif
+#ifdef __SANITIZE_ADDRESS__
+enum { TEST_ASAN = 1 };
+#else
+enum { TEST_ASAN = 0 };
+#endif
 
 // What is left when all threads have ended: ThreadSanitizer has one of its own from the first on.
 static inline int test_base_threads(void)
