@@ -18,6 +18,7 @@ from support.pagers import own_pager
 from support.smaps import resident_bytes
 from support.waiting import wait_until
 from userfault import pager
+from userfault._cgroups import memory_limit
 from userfault.errors import BudgetError
 from userfault.memory import PagedMemory
 
@@ -213,12 +214,12 @@ def test_a_limit_that_is_no_size_is_refused(size: Any) -> None:
 
 def test_the_default_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("USERFAULT_MEMORY", raising=False)
-    monkeypatch.setattr(pager, "_cgroup_limits", list)
+    monkeypatch.setattr(pager, "memory_limit", lambda: None)
     whole = pager.default_limit()
     assert whole > 0
-    monkeypatch.setattr(pager, "_cgroup_limits", lambda: [1 << 30, 300 * MIB])
+    monkeypatch.setattr(pager, "memory_limit", lambda: 300 * MIB)
     assert pager.default_limit() == 150 * MIB
-    monkeypatch.setattr(pager, "_cgroup_limits", lambda: [1 << 60])
+    monkeypatch.setattr(pager, "memory_limit", lambda: 1 << 60)
     assert pager.default_limit() == whole
     monkeypatch.setenv("USERFAULT_MEMORY", "77 MiB")
     assert pager.default_limit() == 77 * MIB
@@ -227,53 +228,35 @@ def test_the_default_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         pager.default_limit()
 
 
-class FakePath(type(Path())):  # type: ignore[misc]
-    """A path below a folder that stands for the root of the file system."""
-
-    root_folder: Path
-
-    def __new__(cls, *parts: str) -> Any:
-        text = "/".join(parts)
-        if text.startswith(("/proc", "/sys")):
-            text = str(cls.root_folder) + text
-        return Path(text)
-
-
 @pytest.mark.parametrize(
-    ("cgroup", "files", "limits"),
+    ("cgroup", "files", "limit"),
     [
-        ("0::/\n", {}, []),
-        ("0::/\n", {"memory.max": "max"}, []),
-        ("0::/\n", {"memory.max": "1000"}, [1000]),
-        ("0::/a/b\n", {"a/b/memory.max": "300", "a/memory.max": "500", "memory.max": "max"}, [300, 500]),
-        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "500"}, [500]),
+        ("0::/\n", {}, None),
+        ("0::/\n", {"memory.max": "max"}, None),
+        ("0::/\n", {"memory.max": "1000"}, 1000),
+        ("0::/a/b\n", {"a/b/memory.max": "300", "a/memory.max": "500", "memory.max": "max"}, 300),
+        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "500"}, 500),
         # As seen from inside a container: the path is not there, the group's own files are at the root.
-        ("0::/system.slice/docker-1.scope\n", {"memory.max": "700"}, [700]),
+        ("0::/system.slice/docker-1.scope\n", {"memory.max": "700"}, 700),
         (
             "12:cpu,cpuacct:/x\n5:memory:/job/1\n0::/\n",
             {"memory/job/1/memory.limit_in_bytes": "400", "memory/memory.limit_in_bytes": str(1 << 63)},
-            [400, 1 << 63],
+            400,
         ),
-        ("5:hugetlb,memory:/\n", {"memory/memory.limit_in_bytes": "400"}, [400]),
-        ("0::/a\n", {"a/memory.max": "what"}, []),
-        (None, {"memory.max": "700"}, []),
+        ("5:hugetlb,memory:/\n", {"memory/memory.limit_in_bytes": "400"}, 400),
+        ("0::/a\n", {"a/memory.max": "what"}, None),
+        (None, {"memory.max": "700"}, None),
     ],
     ids=str,
 )
-def test_limits_of_control_groups(
-    cgroup: str | None,
-    files: dict[str, str],
-    limits: list[int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_limit_of_control_groups(
+    cgroup: str | None, files: dict[str, str], limit: int | None, tmp_path: Path
 ) -> None:
-    (tmp_path / "proc/self").mkdir(parents=True)
+    membership, root = tmp_path / "cgroup", tmp_path / "fs"
     if cgroup is not None:
-        (tmp_path / "proc/self/cgroup").write_text(cgroup)
+        membership.write_text(cgroup)
     for name, content in files.items():
-        path = tmp_path / "sys/fs/cgroup" / name
+        path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content + "\n")
-    monkeypatch.setattr(FakePath, "root_folder", tmp_path, raising=False)
-    monkeypatch.setattr(pager, "Path", FakePath)
-    assert sorted(pager._cgroup_limits()) == limits
+    assert memory_limit(str(root), str(membership)) == limit

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import site
 import subprocess
 import sys
 import tempfile
@@ -23,11 +24,13 @@ def main() -> int:
         package = Path(folder, "userfault")
         shutil.copytree(ROOT / "src" / "userfault", package, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(package / "_engine.pyi", package / "_engine.py")
-        lint_imports = Path(sys.executable).with_name("lint-imports")
-        command = [lint_imports, "--config", str(ROOT / "pyproject.toml"), "--no-cache"]
-        # The copy must win over the installed package: it comes first in the path.
+        run = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+        # The copy must win over the installed package, which comes later in the path. Without `site` (-S) no .pth
+        # file is read either: an editable installation would put its own finder before all paths.
+        command = [sys.executable, "-S", "-c", run, "--config", str(ROOT / "pyproject.toml"), "--no-cache"]
+        path = os.pathsep.join([folder, *site.getsitepackages()])
         return subprocess.run(
-            command, cwd=folder, env={**os.environ, "PYTHONPATH": folder}, check=False
+            command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, check=False
         ).returncode
 
 

@@ -12,10 +12,10 @@ import pickle
 import sys
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, SupportsIndex
 
 from userfault import _engine, options
+from userfault._cgroups import memory_limit
 from userfault.errors import (
     InternalError,
     KernelError,
@@ -85,33 +85,8 @@ def default_limit() -> int:
 
 def _available_memory() -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([total, *_cgroup_limits()])
-
-
-def _cgroup_limits() -> list[int]:
-    limits = []
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, leaf = Path("/sys/fs/cgroup"), "memory.max"
-        elif "memory" in controllers.split(","):
-            root, leaf = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-        else:
-            continue
-        # A limit counts for everything below it. In a container the path may not exist as seen from inside.
-        at = root / path.lstrip("/")
-        for folder in [at, *at.parents]:
-            if folder == root.parent:
-                break
-            try:
-                limits.append(int((folder / leaf).read_text()))
-            except (OSError, ValueError):
-                continue  # not there, or "max"
-    return limits
+    limit = memory_limit()
+    return total if limit is None else min(total, limit)
 
 
 def _worker_argv() -> list[bytes]:

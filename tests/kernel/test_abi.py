@@ -1,197 +1,239 @@
-"""Our numbers against this machine's header, by a C program, and against a table of the newest one."""
+"""Our numbers by themselves: what needs no header of the kernel to be checked (see test_headers.py for that)."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from typing import TYPE_CHECKING, Any
+import doctest
+import importlib
+import struct
 
 import pytest
 
-from userfault.kernel import _ioc, abi
+from support.request_words import WORDS, encoded
+from userfault.kernel import _architecture, _ioc, abi
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-_LAYOUTS = [
-    abi.API, abi.RANGE, abi.REGISTER, abi.COPY, abi.ZEROPAGE, abi.CONTINUE, abi.POISON, abi.MOVE,
-    abi.WRITEPROTECT, abi.RWPROTECT, abi.SET_MODE, abi.PAGE_REGION, abi.SCAN_ARGUMENT,
-]  # fmt: skip
-_MESSAGES = {
-    "pagefault": abi.MESSAGE_PAGEFAULT,
-    "fork": abi.MESSAGE_FORK,
-    "remap": abi.MESSAGE_REMAP,
-    "remove": abi.MESSAGE_RANGE,
-}
-# The macro whose presence shows that the header knows a structure.
-_INTRODUCED_BY = {
-    "uffdio_continue": "UFFDIO_CONTINUE",
-    "uffdio_poison": "UFFDIO_POISON",
-    "uffdio_move": "UFFDIO_MOVE",
-    "uffdio_rwprotect": "UFFDIO_RWPROTECT",
-    "uffdio_set_mode": "UFFDIO_SET_MODE",
-    "page_region": "PAGEMAP_SCAN",
-    "pm_scan_arg": "PAGEMAP_SCAN",
-}
-
-
-def _macros() -> dict[str, int]:
-    """Every macro that we claim to know, by its C name."""
-    families: list[tuple[str, Any]] = [
-        ("UFFD_FEATURE_", abi.Feature),
-        ("UFFDIO_REGISTER_MODE_", abi.RegisterMode),
-        ("UFFDIO_COPY_MODE_", abi.CopyMode),
-        ("UFFDIO_ZEROPAGE_MODE_", abi.ZeropageMode),
-        ("UFFDIO_CONTINUE_MODE_", abi.ContinueMode),
-        ("UFFDIO_POISON_MODE_", abi.PoisonMode),
-        ("UFFDIO_MOVE_MODE_", abi.MoveMode),
-        ("UFFDIO_WRITEPROTECT_MODE_", abi.WriteprotectMode),
-        ("UFFDIO_RWPROTECT_MODE_", abi.RwprotectMode),
-        ("UFFD_EVENT_", abi.Event),
-        ("UFFD_PAGEFAULT_FLAG_", abi.FaultFlag),
-        ("UFFD_", abi.OpenFlag),
-        ("PAGE_IS_", abi.PageCategory),
-        ("PM_SCAN_", abi.ScanFlag),
-    ]
-    found = {f"{prefix}{member.name}": int(member) for prefix, family in families for member in family}
-    for request in abi.Request:
-        special = {"NEW": "USERFAULTFD_IOC_NEW", "PAGEMAP_SCAN": "PAGEMAP_SCAN"}
-        found[special.get(request.name, f"UFFDIO_{request.name}")] = int(request)
-    for operation in abi.Operation:
-        found[f"_UFFDIO_{operation.name}"] = int(operation).bit_length() - 1
-    found["UFFD_API"] = abi.UFFD_API
-    found["__NR_userfaultfd"] = abi.SYSCALL_NUMBERS.get(_ioc.architecture(), 282)
-    return found
-
-
-def _layout_expressions() -> dict[str, tuple[str, str, int]]:
-    """C expressions about structures: name -> (guard macro, expression, what we say)."""
-    found = {}
-    for layout in _LAYOUTS:
-        guard = _INTRODUCED_BY.get(layout.c_name, "UFFD_API")
-        struct = f"struct {layout.c_name}"
-        found[f"sizeof {layout.c_name}"] = (guard, f"sizeof({struct})", layout.size)
-        for field, offset in layout.offsets.items():
-            member = field.replace("range_", "range.") if "range_" in field else field
-            found[f"{layout.c_name}.{member}"] = (guard, f"offsetof({struct}, {member})", offset)
-    for event, layout in _MESSAGES.items():
-        found[f"sizeof uffd_msg ({event})"] = ("UFFD_API", "sizeof(struct uffd_msg)", layout.size)
-        for field, offset in layout.offsets.items():
-            inner = {"ptid": "feat.ptid", "from_": "from"}.get(field, field)
-            member = "event" if field == "event" else f"arg.{event}.{inner}"
-            found[f"uffd_msg.{member}"] = ("UFFD_API", f"offsetof(struct uffd_msg, {member})", offset)
-    return found
-
-
-_MACROS = _macros()
-_EXPRESSIONS = _layout_expressions()
-
-
-@pytest.fixture(scope="module")
-def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """What the C compiler says of this machine's headers; names that they lack are absent."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler: the kernel's numbers were not compared with linux/userfaultfd.h")
-    folder: Path = tmp_path_factory.mktemp("abi")
-    headers = ("stddef.h", "stdio.h", "sys/ioctl.h", "sys/syscall.h", "linux/fs.h", "linux/userfaultfd.h")
-    lines = [*(f"#include <{name}>" for name in headers), "int main(void) {"]
-    for macro in _MACROS:
-        lines += [
-            f"#ifdef {macro}",
-            f'printf("%s=%llu\\n", "{macro}", (unsigned long long)({macro}));',
-            "#endif",
-        ]
-    for name, (guard, expression, _) in _EXPRESSIONS.items():
-        lines += [
-            f"#ifdef {guard}",
-            f'printf("%s=%llu\\n", "{name}", (unsigned long long){expression});',
-            "#endif",
-        ]
-    source = folder / "abi.c"
-    source.write_text("\n".join([*lines, "return 0; }", ""]))
-    built = subprocess.run(
-        [compiler, "-o", folder / "abi", source], capture_output=True, text=True, check=False
-    )
-    if "linux/userfaultfd.h" in built.stderr:
-        pytest.skip("this machine has no linux/userfaultfd.h: the kernel's numbers were not compared")
-    assert built.returncode == 0, built.stderr
-    output = subprocess.run([folder / "abi"], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, _, value in (line.rpartition("=") for line in output.splitlines())}
-
-
-def test_macros_are_the_headers(header: dict[str, int]) -> None:
-    known = {name: value for name, value in _MACROS.items() if name in header}
-    assert "UFFDIO_COPY" in known
-    assert known == {name: header[name] for name in known}
-
-
-def test_layouts_are_the_headers(header: dict[str, int]) -> None:
-    known = {name: value for name, (_, _, value) in _EXPRESSIONS.items() if name in header}
-    assert "uffdio_copy.copy" in known
-    assert known == {name: header[name] for name in known}
-
-
-def test_the_header_knows_everything(header: dict[str, int]) -> None:
-    unknown = sorted({*_MACROS, *_EXPRESSIONS} - set(header))
-    if unknown:
-        pytest.skip(
-            f"not compared, because this machine's headers are too old for them: {', '.join(unknown)}"
-        )
-
-
-# The header of Linux 7.3 on x86-64, and on an architecture of the old coding; few machines have it yet.
-_REQUESTS_7_3 = {
-    "NEW": 0xAA00, "API": 0xC018AA3F, "REGISTER": 0xC020AA00, "UNREGISTER": 0x8010AA01, "WAKE": 0x8010AA02,
-    "COPY": 0xC028AA03, "ZEROPAGE": 0xC020AA04, "MOVE": 0xC028AA05, "WRITEPROTECT": 0xC018AA06,
-    "CONTINUE": 0xC020AA07, "POISON": 0xC020AA08, "RWPROTECT": 0xC018AA09, "SET_MODE": 0x4010AA0A,
-    "PAGEMAP_SCAN": 0xC0606610,
+SAME_CODING = {
+    "x86_64": ("x32", "i386", "arm", "aarch64", "riscv64", "riscv32", "loongarch64", "s390x", "m68k", "sh", "arc",
+               "xtensa", "microblaze", "csky", "openrisc", "hexagon", "nios2", "ia64"),
+    "ppc64le": ("ppc64", "ppc", "ppcle", "mips", "mipsn32", "mips64", "sparc", "sparc64", "alpha"),
+    "parisc": ("parisc64",),
 }  # fmt: skip
+FLAGS = [
+    abi.OpenFlag, abi.Feature, abi.RegisterMode, abi.CopyMode, abi.ZeropageMode, abi.ContinueMode, abi.PoisonMode,
+    abi.MoveMode, abi.WriteprotectMode, abi.RwprotectMode, abi.Operation, abi.FaultFlag, abi.ScanFlag,
+    abi.PageCategory, abi.PagemapBit,
+]  # fmt: skip
 
 
-def test_requests_are_those_of_linux_7_3() -> None:
-    if _ioc.coding_of(_ioc.architecture()) != _ioc.coding_of("x86_64"):
-        pytest.skip("this architecture encodes requests in another way than the table")
-    assert {request.name: int(request) for request in abi.Request} == _REQUESTS_7_3
-
-
-@pytest.mark.parametrize(
-    ("architecture", "expected"),
-    [("x86_64", 0xC018AA3F), ("aarch64", 0xC018AA3F), ("riscv64", 0xC018AA3F), ("s390x", 0xC018AA3F),
-     ("ppc64le", 0xC018AA3F), ("mips64", 0xC018AA3F), ("sparc64", 0xC018AA3F), ("parisc64", 0xC018AA3F)],
-)  # fmt: skip
-def test_both_ways_is_the_same_word_everywhere(architecture: str, expected: int) -> None:
-    # In the old coding read|write is 0b110, but the size has one bit less: the same bits are set.
-    assert _ioc.iowr(0xAA, 0x3F, 24, _ioc.coding_of(architecture)) == expected
+def elf(wide: bool, machine: int, flags: int = 0, order: str = "<") -> bytes:
+    """Return the beginning of a program."""
+    identification = b"\x7fELF" + bytes([2 if wide else 1, 1 if order == "<" else 2, 1]) + bytes(9)
+    addresses = "QQQ" if wide else "III"
+    return identification + struct.pack(f"{order}HHI{addresses}I", 3, machine, 1, 0, 0, 0, flags) + bytes(12)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "none", "read", "write"),
-    [("x86_64", 0x0000AA00, 0x8010AA01, 0x4010AA0A), ("ppc64le", 0x2000AA00, 0x4010AA01, 0x8010AA0A),
-     ("parisc64", 0x0000AA00, 0x4010AA01, 0x8010AA0A)],
-)  # fmt: skip
-def test_one_way_requests_differ(architecture: str, none: int, read: int, write: int) -> None:
-    coding = _ioc.coding_of(architecture)
-    assert _ioc.io(0xAA, 0x00, coding) == none
-    assert _ioc.ior(0xAA, 0x01, 16, coding) == read
-    assert _ioc.iow(0xAA, 0x0A, 16, coding) == write
+    ("machine", "bits", "program", "expected"),
+    [
+        ("x86_64", 64, b"", "x86_64"),
+        ("i686", 64, b"", "x86_64"),  # setarch i686
+        ("i686", 32, b"", "i386"),
+        ("i386", 32, elf(False, 3), "i386"),
+        ("x86_64", 32, elf(False, 3), "i386"),
+        ("x86_64", 32, elf(False, 62), "x32"),
+        ("x86_64", 32, b"", "i386"),  # no /proc
+        ("aarch64", 64, b"", "aarch64"),
+        ("armv8l", 64, b"", "aarch64"),  # setarch armv8l
+        ("aarch64", 32, elf(False, 40), "arm"),
+        ("armv7l", 32, b"", "arm"),
+        ("armv6l", 32, b"", "arm"),
+        ("riscv64", 64, b"", "riscv64"),
+        ("riscv64", 32, b"", "riscv32"),
+        ("loongarch64", 64, b"", "loongarch64"),
+        ("ppc64le", 64, b"", "ppc64le"),
+        ("ppcle", 64, b"", "ppc64le"),
+        ("ppc64", 64, b"", "ppc64"),
+        ("ppc64", 32, b"", "ppc"),
+        ("s390x", 64, b"", "s390x"),
+        ("s390x", 32, b"", "s390"),
+        ("mips64", 64, b"", "mips64"),
+        ("mips", 64, b"", "mips64"),
+        ("mips64", 32, elf(False, 8, 0x20), "mipsn32"),
+        ("mips64", 32, elf(False, 8, 0x20, ">"), "mipsn32"),
+        ("mips64", 32, elf(False, 8, 0x1000, ">"), "mips"),
+        ("mips", 32, b"", "mips"),
+        ("sparc64", 64, b"", "sparc64"),
+        ("sparc64", 32, b"", "sparc"),
+        ("parisc64", 32, b"", "parisc"),
+        ("sh4a", 32, b"", "sh"),
+        ("m68k", 32, b"", "m68k"),
+        ("alpha", 64, b"", "alpha"),
+        ("ia64", 64, b"", "ia64"),
+        ("newcomer", 64, b"", "newcomer"),
+    ],
+)
+def test_the_architecture_is_the_programs(machine: str, bits: int, program: bytes, expected: str) -> None:
+    assert _architecture.architecture_of(machine, bits, program) == expected
+    assert expected in abi.SYSCALL_NUMBERS or expected == "newcomer"
 
 
-def test_parts_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="size 16384"):
-        _ioc.iowr(0xAA, 0, 1 << 14)
+def test_this_architecture_is_known() -> None:
+    assert _architecture.architecture() in abi.SYSCALL_NUMBERS
+    assert _architecture.syscall_number() == abi.SYSCALL_NUMBERS[_architecture.architecture()]
 
 
-def test_every_feature_and_mode_has_its_release() -> None:
+def test_an_architecture_that_is_not_listed_has_the_common_numbers() -> None:
+    assert _architecture.syscall_number("newcomer") == 282
+    assert _architecture.later_syscall_number(440, "newcomer") == 440
+
+
+def test_early_system_calls_have_no_common_number() -> None:
+    with pytest.raises(ValueError, match="system call 323"):
+        _architecture.later_syscall_number(323)
+
+
+def test_every_architecture_is_in_the_table_of_codings() -> None:
+    assert {*SAME_CODING, *(name for names in SAME_CODING.values() for name in names)} >= {
+        name for name in abi.SYSCALL_NUMBERS if name not in ("s390", "loongarch32")
+    }
+
+
+@pytest.mark.parametrize("model", SAME_CODING)
+def test_architectures_that_share_a_coding(model: str) -> None:
+    coding = _ioc.coding_of(model)
+    assert {name: _ioc.coding_of(name) for name in SAME_CODING[model]} == dict.fromkeys(
+        SAME_CODING[model], coding
+    )
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_the_request_words_in_each_coding(name: str) -> None:
+    assert encoded(_ioc.coding_of(name)) == WORDS[name]
+
+
+def test_the_request_words_here() -> None:
+    here = _ioc.coding_of(_architecture.architecture())
+    assert {request.name: int(request) for request in abi.Request} == encoded(here)
+
+
+@pytest.mark.parametrize(("magic", "number", "size"), [(0xAA, 0, 1 << 14), (0x100, 0, 8), (0xAA, 0x100, 8)])
+def test_parts_of_a_request_that_do_not_fit_are_refused(magic: int, number: int, size: int) -> None:
+    with pytest.raises(ValueError, match=f"magic {magic:#x}, number {number:#x}, size {size}"):
+        _ioc.iowr(magic, number, size, _ioc.coding_of("x86_64"))
+
+
+def test_every_feature_mode_and_request_has_its_release() -> None:
     assert set(abi.FEATURE_SINCE) == set(abi.Feature)
     assert set(abi.REGISTER_MODE_SINCE) == set(abi.RegisterMode)
+    assert set(abi.REQUEST_SINCE) == set(abi.Request)
 
 
-def test_bits_that_are_not_known_survive() -> None:
-    answer = 1 << 40 | abi.Feature.MOVE
-    assert int(abi.Feature(answer)) == answer
-    assert abi.Feature.MOVE in abi.Feature(answer)
+@pytest.mark.parametrize("family", FLAGS)
+def test_bits_that_are_not_known_are_kept(family: type[abi.Feature]) -> None:
+    known = list(family)[-1]
+    unknown = next(1 << bit for bit in range(64) if not any(1 << bit & member for member in family))
+    answer = family(unknown | known)
+    assert int(answer) == unknown | known
+    assert known in answer
+    assert list(answer) == [known]
+    # Taking a known bit away must not take the others.
+    assert int(answer & ~known) == unknown
+    assert int(~answer) == (1 << 64) - 1 - unknown - known
+    assert ~~answer == answer
 
 
-def test_all_messages_are_32_bytes() -> None:
-    assert {layout.size for layout in _MESSAGES.values()} == {abi.MESSAGE_SIZE}
+def test_an_event_that_is_not_known_is_no_event() -> None:
+    with pytest.raises(ValueError, match="23 is not a valid Event"):
+        abi.Event(0x17)
+
+
+def test_every_event_has_a_message_of_32_bytes() -> None:
+    assert set(abi.MESSAGES) == set(abi.Event)
+    assert {layout.size for layout in abi.MESSAGES.values()} == {abi.MESSAGE_SIZE}
+    assert {layout.c_name for layout in abi.MESSAGES.values()} == {"uffd_msg"}
+
+
+def test_a_layout_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError, match="size of uffdio_copy"):
+        abi.COPY.size = 48
+    with pytest.raises(AttributeError, match="pack of uffdio_copy"):
+        del abi.COPY.pack
+    with pytest.raises(TypeError):
+        abi.COPY.offsets["dst"] = 8  # type: ignore[index]
+    assert abi.COPY.size == 40
+    assert abi.COPY.offsets["dst"] == 0
+
+
+def test_structures_by_name() -> None:
+    packed = abi.COPY.encode(src=2, dst=1, copy=-11)
+    assert packed == abi.COPY.pack(1, 2, 0, 0, -11)
+    assert abi.COPY.decode(packed) == {"dst": 1, "src": 2, "len": 0, "mode": 0, "copy": -11}
+    assert abi.MESSAGE_REMAP.decode(abi.MESSAGE_REMAP.encode(event=abi.Event.REMAP, from_=7)) == {
+        "event": 0x14, "from_": 7, "to": 0, "len": 0,
+    }  # fmt: skip
+    with pytest.raises(TypeError, match="uffdio_range has no length, mode; it has start, len"):
+        abi.RANGE.encode(length=1, mode=2)
+    with pytest.raises(struct.error):
+        abi.RANGE.decode(bytes(15))
+
+
+def test_a_layout_shows_its_fields() -> None:
+    assert repr(abi.RANGE) == "<Layout of struct uffdio_range: start, len; 16 bytes>"
+
+
+def test_structures_are_found_by_the_headers_names() -> None:
+    assert abi.LAYOUTS["uffdio_copy"] is abi.COPY
+    assert abi.LAYOUTS["pm_scan_arg"] is abi.SCAN_ARGUMENT
+    assert all(layout.c_name == name for name, layout in abi.LAYOUTS.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("UFFDIO_COPY_MODE_WP", abi.CopyMode.WP),
+        ("UFFD_FEATURE_RWP_ASYNC", abi.Feature.RWP_ASYNC),
+        ("UFFDIO_COPY", abi.Request.COPY),
+        ("USERFAULTFD_IOC_NEW", abi.Request.NEW),
+        ("PAGEMAP_SCAN", abi.Request.PAGEMAP_SCAN),
+        ("UFFD_EVENT_FORK", abi.Event.FORK),
+        ("PAGE_IS_WRITTEN", abi.PageCategory.WRITTEN),
+        ("PM_SCAN_WP_MATCHING", abi.ScanFlag.WP_MATCHING),
+        ("UFFD_USER_MODE_ONLY", abi.OpenFlag.USER_MODE_ONLY),
+    ],
+)
+def test_names_lead_there_and_back(name: str, value: abi.Feature) -> None:
+    assert abi.C_NAMES[name] is value
+    assert abi.c_name(value) == name
+
+
+def test_the_headers_numbers_of_operations_are_bit_numbers() -> None:
+    assert abi.C_NAMES["_UFFDIO_POISON"] == 8
+    assert abi.c_name(abi.Operation.WAKE | abi.Operation.POISON) == "1 << _UFFDIO_WAKE | 1 << _UFFDIO_POISON"
+
+
+def test_names_of_several_and_of_unknown_bits() -> None:
+    assert abi.c_name(abi.CopyMode(0)) == "0"
+    assert abi.c_name(abi.CopyMode(4)) == "0x4"
+    assert abi.c_name(abi.FaultFlag(0x13)) == "UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP | 0x10"
+
+
+def test_what_no_header_names_has_no_name() -> None:
+    with pytest.raises(TypeError, match=r"PagemapBit\.PRESENT"):
+        abi.c_name(abi.PagemapBit.PRESENT)
+    with pytest.raises(TypeError, match="170"):
+        abi.c_name(170)  # type: ignore[arg-type]
+
+
+def test_the_sets_of_the_header_are_of_their_kind() -> None:
+    assert set(abi.API_FEATURES) == set(abi.Feature)
+    assert set(abi.API_REGISTER_MODES) == set(abi.RegisterMode)
+    # Every operation is one of the descriptor or one of a range.
+    assert set(abi.API_IOCTLS) | set(abi.API_RANGE_IOCTLS) == set(abi.Operation)
+    assert not abi.API_IOCTLS & abi.API_RANGE_IOCTLS
+    assert abi.API_RANGE_IOCTLS & ~abi.API_RANGE_IOCTLS_BASIC == abi.Operation.ZEROPAGE | abi.Operation.MOVE
+
+
+@pytest.mark.parametrize("module", ["", "._names", "._layouts"])
+def test_the_examples_of_the_docstrings(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"userfault.kernel.abi{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -6,19 +6,21 @@ import os
 from pathlib import Path
 from typing import Final
 
+from userfault._cgroups import memory_limit
+
 __all__ = [
     "has_ptrace_capability",
     "huge_page_setting",
     "huge_page_size",
     "in_container",
     "memory_limit",
+    "misc_minor",
     "physical_memory",
     "seccomp_filtered",
     "unprivileged_sysctl",
 ]
 
 _CAP_SYS_PTRACE: Final = 19
-_NO_LIMIT: Final = 1 << 62  # cgroup v1 says "no limit" with a huge multiple of the page size
 
 
 def _read(path: str | Path) -> str | None:
@@ -52,8 +54,22 @@ def seccomp_filtered() -> bool:
 
 def in_container() -> bool:
     """Guess whether this process runs in a container; used only to choose the wording of a remedy."""
-    marks = ("/.dockerenv", "/run/.containerenv", "/var/run/secrets/kubernetes.io")
+    marks = (
+        "/.dockerenv",
+        "/run/.containerenv",  # Podman
+        "/run/systemd/container",  # LXC, systemd-nspawn
+        "/var/run/secrets/kubernetes.io",
+    )
     return any(Path(mark).exists() for mark in marks)
+
+
+def misc_minor(path: str = "/proc/misc") -> int | None:
+    """Return the minor number of the userfaultfd device, which is another one after each boot."""
+    for line in (_read(path) or "").splitlines():
+        minor, _, name = line.strip().partition(" ")
+        if name == "userfaultfd":
+            return int(minor)
+    return None
 
 
 def unprivileged_sysctl() -> int | None:
@@ -79,28 +95,3 @@ def huge_page_size() -> int | None:
 def physical_memory() -> int:
     """Return the machine's memory in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def memory_limit(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup") -> int | None:
-    """Return the smallest memory limit of this process's control groups in bytes, or None if there is none.
-
-    In version 2 every ancestor can limit; inside a container the tree often starts at the container's own
-    group, so that the path in `/proc/self/cgroup` does not exist and the root is what counts.
-    """
-    limits: list[int] = []
-    for line in (_read(membership) or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, name = Path(root), "memory.max"
-        elif "memory" in controllers.split(","):
-            base, name = Path(root) / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        group = base / path.lstrip("/")
-        for directory in (group, *group.parents):
-            value = _read(directory / name)
-            if value is not None and value.isdigit() and int(value) < _NO_LIMIT:
-                limits.append(int(value))
-            if directory == base:
-                break
-    return min(limits, default=None)

@@ -8,10 +8,10 @@ three and thirteen, with other values, and PA-RISC exchanges read and write. See
 
 from __future__ import annotations
 
-import os
-import struct
 from dataclasses import dataclass
 from typing import Final
+
+from userfault.kernel._architecture import architecture
 
 __all__ = ["IocCoding", "architecture", "coding_of", "io", "ior", "iow", "iowr"]
 
@@ -50,27 +50,6 @@ class IocCoding:
 _GENERIC: Final = IocCoding(size_bits=14, none=0, write=1, read=2)
 _OLD: Final = IocCoding(size_bits=13, none=1, write=4, read=2)
 _PARISC: Final = IocCoding(size_bits=14, none=0, write=2, read=1)
-_NAMES_32: Final = {
-    "aarch64": "arm",
-    "ppc64": "ppc",
-    "ppc64le": "ppcle",
-    "mips64": "mips",
-    "sparc64": "sparc",
-}
-
-
-def architecture() -> str:
-    """Name the architecture this *process* runs on, for example "x86_64", "aarch64" or "i386".
-
-    A 32-bit program on a 64-bit kernel gets the 32-bit name, because its system call numbers are the 32-bit
-    ones.
-    """
-    machine = os.uname().machine
-    if struct.calcsize("P") == 8:
-        return machine
-    if machine in ("x86_64", "i486", "i586", "i686"):
-        return "i386"
-    return _NAMES_32.get(machine, machine)
 
 
 def coding_of(name: str) -> IocCoding:

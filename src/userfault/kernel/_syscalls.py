@@ -12,17 +12,15 @@ import functools
 import os
 from typing import TYPE_CHECKING, Final
 
-from userfault.kernel._ioc import architecture
-from userfault.kernel.abi import SYSCALL_NUMBERS, UFFD_DEVICE, Request
+from userfault.kernel._architecture import later_syscall_number, syscall_number
+from userfault.kernel.abi import UFFD_DEVICE, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["ioctl", "madvise_self", "open_by_device", "open_by_syscall"]
 
-_GENERIC_NUMBER: Final = 282  # userfaultfd in include/uapi/asm-generic/unistd.h
-# All architectures share the numbers from 424 on, but for Alpha, which is 110 ahead.
-_PROCESS_MADVISE: Final = 550 if architecture() == "alpha" else 440
+_PROCESS_MADVISE: Final = later_syscall_number(440)
 _DEFAULT_FLAGS: Final = os.O_CLOEXEC | os.O_NONBLOCK
 
 
@@ -46,11 +44,9 @@ def open_by_syscall(flags: int = _DEFAULT_FLAGS) -> int:
 
     Raises:
         OSError: EPERM without privilege, ENOSYS without CONFIG_USERFAULTFD or behind a seccomp filter that
-        pretends so,
-            EINVAL for an unknown flag (`USER_MODE_ONLY` before Linux 5.11).
+            pretends so, EINVAL for an unknown flag (`USER_MODE_ONLY` before Linux 5.11).
     """
-    number = SYSCALL_NUMBERS.get(architecture(), _GENERIC_NUMBER)
-    return _checked("userfaultfd", _syscall()(ctypes.c_long(number), ctypes.c_int(flags)))
+    return _checked("userfaultfd", _syscall()(ctypes.c_long(syscall_number()), ctypes.c_int(flags)))
 
 
 def open_by_device(flags: int = _DEFAULT_FLAGS, path: str = UFFD_DEVICE) -> int:
