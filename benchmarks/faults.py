@@ -83,7 +83,7 @@ def bare(command: list[str], scale_by: float) -> Iterator[Measure]:
     yield measure
 
 
-class _Touched(ctypes.Structure):
+class Touched(ctypes.Structure):
     """`struct touch_result` of `bare/touch.h`."""
 
     _fields_ = (
@@ -108,12 +108,12 @@ def random_faults(pages: int, library: str) -> Iterator[Measure]:
         ctypes.c_size_t,
         ctypes.c_size_t,
         ctypes.c_uint64,
-        ctypes.POINTER(_Touched),
+        ctypes.POINTER(Touched),
     )
 
     def measure(repetition: int) -> Sample:
         array = userfault.open(source, block=PAGE, memory=2 * pages * PAGE)
-        result = _Touched()
+        result = Touched()
         with userfault.memory_of(array) as memory:
             memory.advise("random")
             if touch(array.ctypes.data, pages, PAGE, repetition + 1, ctypes.byref(result)):

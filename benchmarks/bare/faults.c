@@ -1,12 +1,16 @@
-// Bare handler-thread loop: random missing faults, one page each, served from memory by UFFDIO_COPY.
+// Bare handler loop: random missing faults, one page each, served from memory by UFFDIO_COPY.
 //
-// usage: faults PAGES SEED [read|poll]
+// usage: faults PAGES SEED [read|poll] [thread|process]
+//
+// The handler is a thread, or a forked process: its requests act on the memory of whoever created the userfaultfd.
 //
 // Prints one JSON object. Pinning is the caller's business (the affinity is inherited): pinned to one CPU, the
 // handler runs where the fault happened, which is the fastest arrangement there is for a handler thread.
 #define _GNU_SOURCE
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
+#include <sys/prctl.h>
 
 #include "touch.h"
 #include "uffd.h"
@@ -55,12 +59,13 @@ static void *serve(void *arg)
 int main(int argc, char **argv)
 {
 	if (argc < 3) {
-		fprintf(stderr, "usage: faults PAGES SEED [read|poll]\n");
+		fprintf(stderr, "usage: faults PAGES SEED [read|poll] [thread|process]\n");
 		return 2;
 	}
 	size_t pages = strtoull(argv[1], NULL, 0);
 	uint64_t seed = strtoull(argv[2], NULL, 0);
 	int wait_with_poll = argc > 3 && !strcmp(argv[3], "poll");
+	int in_process = argc > 4 && !strcmp(argv[4], "process");
 	size_t page_size = (size_t)sysconf(_SC_PAGESIZE);
 
 	char *source = map_aligned(pages * page_size);
@@ -83,8 +88,17 @@ int main(int argc, char **argv)
 	};
 	uffd_register_missing(handler.fd, handler.region, pages * page_size);
 	pthread_t thread;
-	if (pthread_create(&thread, NULL, serve, &handler))
+	if (in_process) {
+		pid_t pid = fork();
+		if (pid < 0)
+			die("fork");
+		if (!pid) {
+			prctl(PR_SET_PDEATHSIG, SIGKILL); // it waits in read when main returns
+			serve(&handler);
+		}
+	} else if (pthread_create(&thread, NULL, serve, &handler)) {
 		die("pthread_create");
+	}
 
 	struct touch_result result;
 	if (touch_pages(handler.region, pages, page_size, seed, &result))

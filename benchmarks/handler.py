@@ -1,0 +1,87 @@
+"""A handler process written with `userfault.kernel`, against the same in C."""
+
+import ctypes
+import mmap
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from benchmarks import native
+from benchmarks.child import Measure, Sample
+from benchmarks.faults import Touched
+from benchmarks.harness import Comparison, Reference, Scale, Side, at_most
+
+PAGE = mmap.PAGESIZE
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def comparison(scale: Scale) -> Comparison:
+    pages = 1024 if scale.quick else 16384
+    faults = str(native.build("faults", scale.data))
+    touch = str(native.build("touch", scale.data, shared=True))
+
+    def bare(wait: str) -> Side:
+        command = (faults, str(pages), "{seed}", wait, "process")
+        return Side("benchmarks.faults:bare", {"command": command, "scale_by": 1e-3})
+
+    return Comparison(
+        name="python-handler",
+        unit="µs/fault",
+        ours=Side("benchmarks.handler:python_handler", {"pages": pages, "library": touch}),
+        references=(
+            Reference("bare-read", bare("read"), at_most(1.5)),
+            Reference("bare-poll", bare("poll")),
+        ),
+        source=f"a forked handler process, {pages} random faults of one page of {PAGE} bytes; medians",
+        one_cpu=True,
+        rounds=3,
+    )
+
+
+def _serve(uffd: "Userfaultfd", start: int, source: int) -> None:
+    """The loop that a user of the API would write."""
+    delta = source - start
+    while True:
+        for event in uffd.read_events(timeout_s=None):
+            uffd.copy(event.address, event.address + delta, PAGE)
+
+
+@contextmanager
+def python_handler(pages: int, library: str) -> Iterator[Measure]:
+    """Touches every page once, in random order, by the same C loop as the bare program."""
+    from userfault.kernel import Mapping, Userfaultfd
+
+    touch = ctypes.CDLL(library).touch
+    touch.argtypes = (
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_uint64, ctypes.POINTER(Touched)
+    )  # fmt: skip
+    words = [(index + 1) * _GOLDEN % 2**64 for index in range(pages)]
+    expected = sum(words) % 2**64
+
+    def measure(repetition: int) -> Sample:
+        result = Touched()
+        with (
+            Mapping.anonymous(pages * PAGE) as source,
+            Mapping.anonymous(pages * PAGE) as memory,
+            Userfaultfd(nonblocking=False) as uffd,
+        ):
+            for index, word in enumerate(words):
+                source.write(index * PAGE, word.to_bytes(8, "little"))
+            uffd.register(memory)
+            pid = os.fork()
+            if pid == 0:
+                _serve(uffd, memory.address, source.address)
+            try:
+                if touch(memory.address, pages, PAGE, repetition + 1, ctypes.byref(result)):
+                    raise MemoryError("no memory for the times of the faults")
+            finally:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        if result.checksum != expected:
+            raise AssertionError("wrong bytes: checksum differs")
+        return Sample(
+            result.p50_ns * 1e-3, extra={"mean": result.mean_ns * 1e-3, "p99": result.p99_ns * 1e-3}
+        )
+
+    yield measure
