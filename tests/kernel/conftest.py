@@ -12,8 +12,8 @@ from functools import cache
 import pytest
 
 from support import kernel as support
-from userfault.kernel import Feature, abi
-from userfault.kernel.errors import UffdError
+from userfault.kernel import Feature, Userfaultfd, abi
+from userfault.kernel.errors import NotSupportedError, UffdError
 from userfault.kernel.mapping import Advice, Mapping
 
 
@@ -37,12 +37,22 @@ def _advises(advice: Advice) -> bool:
     return True
 
 
+def _reads_without_waiting() -> bool:
+    try:
+        with Userfaultfd(nonblocking=False) as uffd:
+            uffd.read_events()
+    except NotSupportedError:
+        return False
+    return True
+
+
 # By name: since which release, and how to find out.
 _ABILITIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "PAGEMAP_SCAN": ("6.7", lambda: _scans(abi.PageCategory.PRESENT)),
     "PAGE_IS_GUARD": ("6.15", lambda: _scans(abi.PageCategory.GUARD)),
     "PAGE_IS_ACCESSED": ("7.3", lambda: _scans(abi.PageCategory.ACCESSED)),
     "MADV_GUARD_INSTALL": ("6.13", lambda: _advises(Advice.GUARD_INSTALL)),
+    "RWF_NOWAIT": ("6.10", _reads_without_waiting),
     "MADV_POPULATE_READ": ("5.14", lambda: _advises(Advice.POPULATE_READ)),
 }
 

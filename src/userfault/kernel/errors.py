@@ -294,6 +294,9 @@ _REMEDIES: Final[dict[tuple[str, int], str]] = {
     ("PAGEMAP_SCAN", _errno.EINVAL): "a category or flag that this kernel does not know",
     ("PAGEMAP_SCAN", _errno.ENOTTY): "PAGEMAP_SCAN came with Linux 6.7",
     ("read", _errno.EINVAL): "the handshake was not made yet, or the buffer is too small",
+    ("read", _errno.EOPNOTSUPP): (
+        "before Linux 6.10 a blocking userfaultfd cannot be read without waiting: open it with nonblocking=True"
+    ),
     ("read", _errno.EMFILE): "a fork event brings a descriptor: close some; the event waits",
 }
 

@@ -66,7 +66,8 @@ class Userfaultfd(Requests):
         optional: Features that are taken where the kernel has them and this process may.
         way: How to open it.
         nonblocking: With False, `read_events(timeout_s=None)` is one system call instead of two, and deadlines,
-            `poll` and asyncio are not to be had (a blocking userfaultfd polls as an error).
+            `poll` and asyncio are not to be had (a blocking userfaultfd polls as an error), nor, before Linux 6.10,
+            reading without waiting.
         cloexec: Whether exec closes it.
         handshake: With False, `handshake` is still to be called.
 
@@ -117,7 +118,8 @@ class Userfaultfd(Requests):
     def _adopt(self, fd: int) -> Userfaultfd:
         """Make the object for a fork event's descriptor: initialised, with the features of this one."""
         child = Userfaultfd.__new__(Userfaultfd)
-        child._begin(fd, self._way, nonblocking=self._nonblocking)
+        # The kernel gives it the flags that this one was created with, whatever fcntl has made of them since.
+        child._begin(fd, self._way, nonblocking=bool(fcntl(fd, F_GETFL) & os.O_NONBLOCK))
         child._negotiated = self._negotiated
         child._ready = True
         return child
@@ -156,6 +158,7 @@ class Userfaultfd(Requests):
 
         Raises:
             UsageError: A deadline on a descriptor that was opened with `nonblocking=False`.
+            NotSupportedError: `timeout_s=0` on such a descriptor before Linux 6.10.
             TooManyFilesError: A fork event needs a descriptor and none is free; it waits to be read again.
         """
         if not self._ready:
