@@ -9,27 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from reports import examples
-from userfault.kernel import Finding, Level
 from userfault.reports import format_duration
-from userfault.reports.tables import facts_table, findings_table, run_table
+from userfault.reports.tables import facts_table, run_table
 
 
 def text(table: Table, width: int = 100) -> str:
     output = io.StringIO()
     Console(file=output, width=width).print(table)
     return output.getvalue()
-
-
-def test_findings_are_grouped_and_say_how_to_get_what_is_missing() -> None:
-    there = Finding("move", "6.8", True, Level.USED, "fast fills", "a page was moved", "")
-    missing = Finding("missing pages", "4.3", False, Level.REQUIRED, "arrays", "EPERM: no", "sudo do-this")
-    printed = text(findings_table([there, missing]))
-    lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    assert lines[2] == "Arrays need"
-    assert lines[3].split() == ["missing", "pages", "4.3", "no", "arrays"]
-    assert lines[4:6] == ["EPERM: no", "→ sudo do-this"]
-    assert lines[6] == "Arrays use, and can do without"
-    assert "a page was moved" not in printed
 
 
 def test_runs_say_what_was_read_and_whether_it_was_right() -> None:

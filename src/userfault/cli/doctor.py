@@ -5,10 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from userfault.cli._output import DebugOption, JsonOption, command, print_json, table_console
-from userfault.kernel import Finding, KernelReport, Level, probe
+from userfault.kernel import KernelReport, probe
+from userfault.kernel.probe import Access, Finding, Group, Level, Negotiation, Status
 from userfault.sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["doctor"]
 
@@ -20,14 +27,35 @@ array = userfault.open({source})
 assert array[200_000] == 200_000 and int(array[::1024].sum()) == int(origin[::1024].sum())
 """
 _TRIAL_SECONDS = 60
-_ARRAYS = (
-    Finding("arrays", "4.3", True, Level.REQUIRED, "userfault.open of files and memory", "", ""),
-    Finding("worker processes", "4.3", True, Level.USED, "sources in Python: Zarr, URLs, your own", "", ""),
-)
+_ARRAYS = {
+    "arrays": (Level.REQUIRED, "userfault.open of files and memory", "origin"),
+    "worker processes": (
+        Level.USED,
+        "sources in Python: Zarr, URLs, your own",
+        "userfault.cli._trial_source.Counting(1 << 18)",
+    ),
+}
+_ACCESS = {
+    Access.FULL: "Traps page faults of [bold]its own and of system calls[/bold], through",
+    Access.USER_MODE: "Traps page faults of [bold]its own only[/bold], not of system calls, through",
+    Access.NONE: "[bold red]Traps no page faults[/bold red]",
+}
+_LEVELS = {
+    Level.REQUIRED: "Arrays need",
+    Level.USED: "Arrays also use",
+    Level.OPTIONAL: "Your own handlers",
+}
+_NEGOTIATION = "requested: ask for it in UFFDIO_API; offered: it works without being asked for"
+_MARKS = "? could not be tried, see below    – there is no such thing"
+
+AllOption = Annotated[
+    bool,
+    typer.Option("--all", "-a", help="Show every feature bit, type of memory, operation and system call."),
+]
 
 
 @command
-def doctor(*, as_json: JsonOption = False, debug: DebugOption = False) -> int:
+def doctor(*, everything: AllOption = False, as_json: JsonOption = False, debug: DebugOption = False) -> int:
     """Tell what this kernel, user and container can do, and how to get what is missing.
 
     Everything is tried, nothing is concluded from version numbers. The exit code is 0 if arrays work here and
@@ -38,18 +66,23 @@ def doctor(*, as_json: JsonOption = False, debug: DebugOption = False) -> int:
     if as_json:
         print_json(report.as_dict())
     else:
-        _print(report)
+        _print(report, everything=everything)
     return 0 if report.usable else 1
 
 
 def _try_arrays(report: KernelReport) -> list[Finding]:
-    sources = ("origin", "userfault.cli._trial_source.Counting(1 << 18)")
-    return [_try_array(report, finding, source) for finding, source in zip(_ARRAYS, sources, strict=True)]
+    findings = []
+    for name, (level, enables, source) in _ARRAYS.items():
+        status, evidence, fix = _try_array(report, source)
+        findings.append(
+            Finding(name, Group.ABILITY, "", "4.3", level, Negotiation.CALLED, enables, status, evidence, fix)
+        )
+    return findings
 
 
-def _try_array(report: KernelReport, finding: Finding, source: str) -> Finding:
+def _try_array(report: KernelReport, source: str) -> tuple[Status, str, str]:
     if not report.usable:
-        return replace(finding, available=False, evidence="not tried", fix="what is required below")
+        return Status.UNTRIED, "not tried", "what arrays need, see there"
     try:
         done = subprocess.run(
             [sys.executable, "-c", _TRIAL.format(source=source)],
@@ -57,29 +90,64 @@ def _try_array(report: KernelReport, finding: Finding, source: str) -> Finding:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         evidence = f"no answer within {_TRIAL_SECONDS} s"
+    except OSError as failure:
+        evidence = f"no process could be started: {failure}"
     else:
         if done.returncode == 0:
-            return replace(finding, evidence="an array was opened and read in a process of its own")
+            return Status.WORKS, "an array was opened and read in a process of its own", ""
         lines = done.stderr.strip().splitlines()
         evidence = lines[-1] if lines else f"the process ended with code {done.returncode}"
-    return replace(
-        finding, available=False, evidence=evidence, fix="see the evidence; if it makes no sense, report it"
-    )
+    return Status.MISSING, evidence, "see the evidence; if it makes no sense, report it"
 
 
-def _print(report: KernelReport) -> None:
-    from userfault.reports.tables import findings_table
+def _print(report: KernelReport, *, everything: bool) -> None:
+    from userfault.reports.findings import findings_table, remedies
 
     console = table_console()
-    limit = "none" if report.memory_limit is None else format_size(report.memory_limit)
+    limit = "no limit" if report.memory_limit is None else f"limited to {format_size(report.memory_limit)}"
     console.print(
         f"Linux {report.release} on {report.architecture}, pages of {format_size(report.page_size)},"
-        f" {format_size(report.physical_memory)} of memory, control group limit: {limit}"
+        f" {format_size(report.physical_memory)} of memory, {limit}",
+        highlight=False,
     )
-    door = f", through {report.opened_by}" if report.opened_by else ""
-    console.print(f"userfaultfd access: [bold]{report.access.value}[/bold]{door}\n")
-    console.print(findings_table(report.findings))
-    verdict = (
-        "Arrays work here." if report.usable else "Arrays do not work here; the lines above say what to do."
-    )
-    console.print(f"[bold]{verdict}[/bold]")
+    console.print(f"{_ACCESS[report.access]} {report.opened_by}\n", highlight=False)
+    abilities = [finding for finding in report.findings if finding.group is Group.ABILITY]
+    width = max(len(finding.name) for finding in abilities) + 2
+    for level, title in _LEVELS.items():
+        group = [finding for finding in abilities if finding.level is level]
+        first = level is Level.REQUIRED
+        console.print(findings_table(title, group, headings=first, first_width=width))
+        console.print()
+    if everything:
+        _print_details(console, report)
+    shown = report.findings if everything else abilities
+    for number, remedy in enumerate(remedies(shown)):
+        if not number:
+            console.print("[bold]What is missing, and how to get it[/bold]\n")
+        console.print(remedy.what)
+        console.print(remedy.steps, soft_wrap=True)
+        console.print()
+    if report.usable:
+        console.print("[bold]Arrays work here.[/bold]", end="")
+    else:
+        console.print("[bold red]Arrays do not work here[/bold red]; the lines above say what to do.", end="")
+    console.print("" if everything else " [dim]Every feature bit and type of memory: doctor --all[/dim]")
+
+
+def _print_details(console: Console, report: KernelReport) -> None:
+    from userfault.reports.findings import findings_table, memory_table
+
+    def of(group: Group) -> list[Finding]:
+        return [finding for finding in report.findings if finding.group is group]
+
+    console.print(findings_table("Feature bits", of(Group.FEATURE), negotiation=True))
+    console.print(f"[dim]{_NEGOTIATION}[/dim]")
+    if unknown := report.as_dict()["unknown_feature_bits"]:
+        console.print(f"The kernel offers bits that this version of userfault does not know: {unknown}")
+    console.print()
+    console.print(memory_table("Operation (mode)", of(Group.MEMORY)))
+    console.print(f"[dim]{_MARKS}[/dim]\n")
+    console.print(findings_table("PAGEMAP_SCAN", of(Group.PAGEMAP)))
+    console.print()
+    console.print(findings_table("Other calls", of(Group.CALL)))
+    console.print()

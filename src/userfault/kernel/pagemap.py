@@ -263,13 +263,13 @@ class Scanner:
         See `Documentation/admin-guide/mm/pagemap.rst`, and ioctl PAGEMAP_SCAN in `fs/proc/task_mmu.c`.
         """
         start, end = _pages_of(where, length, exact=protect)
-        told = int(mask) | int(anyof) or known_categories() if returns is None else returns
         if max_pages < 0:
             raise UsageError(f"max_pages {max_pages} is negative")
         if max_regions is None:
             max_regions = min(_VECTOR, (end - start) // PAGE_SIZE)
         elif max_regions < 1:
             raise UsageError(f"max_regions {max_regions} is not positive")
+        told = int(mask) | int(anyof) or known_categories() if returns is None else returns
         flags = 0
         if check_wpasync:
             flags |= _CHECK_WPASYNC

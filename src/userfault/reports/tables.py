@@ -16,42 +16,14 @@ except ImportError as error:
     raise MissingExtraError.for_module("rich", "cli", "printing tables") from error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
-    from userfault.kernel import Finding
     from userfault.reports._run import PhaseReport, RunReport
 
-__all__ = ["facts_table", "findings_table", "run_table"]
+__all__ = ["facts_table", "run_table"]
 
 
 _SMALL_STEP: Final = 1024
-_LEVELS: Final = {
-    "required": "Arrays need",
-    "used": "Arrays use, and can do without",
-    "optional": "For handlers of your own",
-}
-
-
-def findings_table(findings: Iterable[Finding]) -> Table:
-    """List what a system can do, what for, and how to get what it cannot."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("feature", no_wrap=True)
-    table.add_column("since", no_wrap=True)
-    table.add_column("here", no_wrap=True)
-    table.add_column("what it enables, and how to get it")
-    ordered = list(findings)
-    for level, title in _LEVELS.items():
-        group = [finding for finding in ordered if finding.level == level]
-        if group:
-            table.add_section()
-            table.add_row(Text(title, style="bold"))
-        for finding in group:
-            mark = Text("yes", style="green") if finding.available else Text("no", style="bold red")
-            enables = Text(finding.enables)
-            if not finding.available:
-                enables.append(f"\n{finding.evidence}\n→ {finding.fix}", style="yellow")
-            table.add_row(f"  {finding.name}", finding.since, mark, enables)
-    return table
 
 
 def facts_table(facts: Mapping[str, str]) -> Table:
