@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks import machine, table
 from benchmarks.harness import Comparison, Row, Scale, run
 
-GROUPS = ("faults", "scans", "lookups", "startup", "peers")
+GROUPS = ("faults", "scans", "lookups", "startup", "peers", "kernel")
 
 
 def main(arguments: list[str] | None = None) -> int:

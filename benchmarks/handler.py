@@ -6,11 +6,15 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from benchmarks import native
 from benchmarks.child import Measure, Sample
 from benchmarks.faults import Touched
 from benchmarks.harness import Comparison, Reference, Scale, Side, at_most
+
+if TYPE_CHECKING:
+    from userfault.kernel import Userfaultfd
 
 PAGE = mmap.PAGESIZE
 _GOLDEN = 0x9E3779B97F4A7C15

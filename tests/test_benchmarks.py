@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = "import sys; from benchmarks.__main__ import main; sys.exit(main(sys.argv[1:]))"
 
 
-@pytest.mark.parametrize("group", ["faults", "scans", "lookups", "startup", "peers"])
+@pytest.mark.parametrize("group", ["faults", "scans", "lookups", "startup", "peers", "kernel"])
 def test_every_row_of_a_group_gives_figures(group: str, tmp_path: Path) -> None:
     result = tmp_path / "rows.json"
     arguments = ["--quick", "--data", str(tmp_path / "data"), "--json", str(result), group]

@@ -388,6 +388,16 @@ def test_a_mapping_may_be_copied_and_its_address(uffd: Userfaultfd, area: Area) 
     assert (area.head(0, 3), area.head(1, 3)) == (b"one", b"two")
 
 
+def test_an_address_that_numpy_calculated_is_an_address(uffd: Userfaultfd, area: Area) -> None:
+    pages = np.arange(4, dtype=np.uint64) * np.uint64(PAGE) + np.uint64(area.start)
+    assert uffd.register(pages[0], area.length).start == area.start
+    assert uffd.copy(pages[2], b"n" * PAGE) == PAGE
+    assert uffd.copy(pages[1], pages[2], PAGE) == PAGE
+    assert area.head(1) == b"n" * 32
+    with pytest.raises(UsageError, match="needs a length"):
+        uffd.wake(pages[0])
+
+
 def test_a_buffer_cannot_be_resized_while_it_is_copied(area: Area) -> None:
     # The copy waits in its own source, a missing page: meanwhile the object must stay what it is.
     with Userfaultfd() as uffd, make_area(MemoryKind.ANONYMOUS) as other:

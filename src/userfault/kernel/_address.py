@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import operator
 import struct
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final
 
 from userfault.errors import ClosedError
 from userfault.kernel.errors import UsageError
 
-__all__ = ["PAGE_MASK", "PAGE_SIZE", "Addressed", "check_range", "range_of", "source_of", "span_of"]
+__all__ = ["PAGE_MASK", "PAGE_SIZE", "check_range", "is_address", "range_of", "source_of", "span_of"]
 
 PAGE_SIZE: Final = mmap.PAGESIZE
 PAGE_MASK: Final = PAGE_SIZE - 1
 # One past the highest address that any architecture gives a program (57 bits with five-level tables; s390x all).
 # The kernel knows its own limit better and says EINVAL; this catches addresses that are no addresses at all.
 ADDRESS_LIMIT: Final = 1 << (64 if struct.calcsize("P") == 8 else 32)
-
-
-@runtime_checkable
-class Addressed(Protocol):
-    """Anything that says where its bytes are, like a `Mapping`: without touching them."""
-
-    @property
-    def address(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int: ...
 
 
 class _PyBuffer(ctypes.Structure):
@@ -55,19 +45,24 @@ _release_buffer.restype = None
 _ANY_CONTIGUOUS: Final = 0x80 | 0x10 | 0x08  # PyBUF_ANY_CONTIGUOUS; writable or not
 
 
-def span_of(where: object) -> tuple[int, int, object]:
+def is_address(where: Any) -> bool:
+    """Tell an address from an object; one that NumPy calculated would pass for a buffer of eight bytes."""
+    return isinstance(where, int) or (hasattr(where, "__index__") and not hasattr(where, "__len__"))
+
+
+def span_of(where: Any) -> tuple[int, int, object]:
     """Return address, length, and what must stay alive (a view keeps a bytearray from being resized).
 
     Raises:
         UsageError: It has no contiguous bytes.
         ClosedError: It is closed.
     """
-    if isinstance(where, Addressed):
+    if hasattr(where, "address") and hasattr(where, "nbytes"):  # like a `Mapping`
         if getattr(where, "closed", False):
             raise ClosedError(f"{where!r} is closed")
         return where.address, where.nbytes, where
     try:
-        view = memoryview(where)  # type: ignore[arg-type]
+        view = memoryview(where)
     except TypeError:
         raise UsageError(
             f"{type(where).__name__} is no range: pass an address (int), or an object with the buffer protocol"
@@ -109,11 +104,12 @@ def range_of(where: Any, length: int | None, what: str = "range") -> tuple[int, 
     Raises:
         UsageError: No range, not page-aligned, empty, longer than the object, or outside of the address space.
     """
-    if isinstance(where, int):
+    if is_address(where):
+        start = operator.index(where)
         if length is None:
-            raise UsageError(f"{what}: address {where:#x} needs a length in bytes")
-        check_range(where, length, what)
-        return where, length
+            raise UsageError(f"{what}: address {start:#x} needs a length in bytes")
+        check_range(start, length, what)
+        return start, length
     start, available, _ = span_of(where)
     if length is None:
         length = available
@@ -131,10 +127,10 @@ def source_of(where: Any, length: int | None) -> tuple[int, int, object]:
     Raises:
         UsageError: No bytes, or fewer than `length`, or a length that is not whole pages.
     """
-    if isinstance(where, int):
+    if is_address(where):
+        address, keep = operator.index(where), None
         if length is None:
-            raise UsageError(f"source: address {where:#x} needs a length in bytes")
-        address, keep = where, None
+            raise UsageError(f"source: address {address:#x} needs a length in bytes")
     else:
         address, available, keep = span_of(where)
         if length is None:

@@ -67,7 +67,7 @@ class Extent:
         self.closed = False
         # What is still mapped, sorted: in between other threads may have mapped memory of their own.
         self._pieces: list[Piece] = [(address, address + length)]
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._users = 0
         self._views: weakref.WeakSet[_Mark] = weakref.WeakSet()
 
@@ -103,8 +103,13 @@ class Extent:
             UsageError: It is not wholly inside of what is mapped, or not whole pages where these are meant.
         """
         with self._lock:
-            address, length = self._part(start, length, whole_pages)
+            # First, so that a signal handler or finaliser that runs in here and would close us is refused.
             self._users += 1
+            try:
+                address, length = self._part(start, length, whole_pages)
+            except BaseException:
+                self._users -= 1
+                raise
         try:
             yield address, length
         finally:
@@ -117,13 +122,17 @@ class Extent:
         Raises:
             UsageError: It is not wholly inside of what is mapped.
         """
+        # Whatever is made of the array refers to it, it to its mark, and that to us: we live as long.
+        mark = _Mark(self)
         with self._lock:
-            address, length = self._part(start, length, whole_pages=False)
-            array = (ctypes.c_ubyte * length).from_address(address)
-            # Whatever is made of the array refers to it, it to its mark, and that to us: we live as long.
-            mark = _Mark(self)
-            array.mark = mark  # type: ignore[attr-defined]
             self._views.add(mark)
+            try:
+                address, length = self._part(start, length, whole_pages=False)
+                array = (ctypes.c_ubyte * length).from_address(address)
+                array.mark = mark  # type: ignore[attr-defined]
+            except BaseException:
+                self._views.discard(mark)  # the exception may keep it alive
+                raise
         return array
 
     def unmap(self, start: int, length: int | None) -> None:

@@ -52,9 +52,11 @@ class TargetFile:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
                 raise self._not_opened(error.errno or 0, pid) from None
+        if self._opened_by:
+            return
         try:
-            # Older kernels let one open the file of a process without memory (a zombie, a kernel thread), and follow
-            # a null pointer in PAGEMAP_SCAN.
+            # Up to Linux 6.15 at least, the file of a process without memory (a zombie, a kernel thread) can be opened,
+            # and PAGEMAP_SCAN follows a null pointer then.
             self.check_alive()
         except BaseException:
             self.close()
@@ -90,8 +92,8 @@ class TargetFile:
     def check_alive(self) -> None:
         """Raise TargetExitedError if the process has no memory any more.
 
-        A read of such a file just ends, and before Linux 6.16 or so a scan succeeds and finds nothing: all of the
-        memory would look unmapped.
+        A read of such a file just ends, and on many kernels (6.12 and 7.3; 6.18 says ESRCH) a scan succeeds and finds
+        nothing: all of the memory would look unmapped.
         """
         # A child has its parent's descriptor: what was this process's own memory is another's now.
         if self._opened_by == os.getpid():

@@ -8,7 +8,7 @@ from fcntl import ioctl as _ioctl
 from typing import Any, Final, NamedTuple
 
 from userfault.kernel import abi
-from userfault.kernel._address import PAGE_MASK, range_of, source_of
+from userfault.kernel._address import PAGE_MASK, is_address, range_of, source_of
 from userfault.kernel._descriptor import Descriptor
 from userfault.kernel._handshake import NO_FEATURES
 from userfault.kernel.errors import NotSupportedError, UsageError, error_from_errno
@@ -304,7 +304,7 @@ class Requests(Descriptor):
     ) -> tuple[Outcome, int, int]:
         if not self._ready:
             raise self._refuse()
-        if length is None and not isinstance(dst, int):
+        if length is None and not is_address(dst):
             dst, length = range_of(dst, None, "target")
         address, length, keep = source_of(src, length)
         start, length = range_of(dst, length, "target")
@@ -315,7 +315,7 @@ class Requests(Descriptor):
     def _move(self, dst: Any, src: Any, length: int | None, mode: int) -> tuple[Outcome, int, int]:
         if not self._ready:
             raise self._refuse()
-        if length is None and not isinstance(dst, int):
+        if length is None and not is_address(dst):
             dst, length = range_of(dst, None, "target")
         address, length = range_of(src, length, "source")
         start, length = range_of(dst, length, "target")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from userfault.kernel._page_range import pages_of
 from userfault.kernel._proc import TargetFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["VmFlags", "read_vm_flags"]
+__all__ = ["VmFlags", "vm_flags"]
 
 _HEAD: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) \S+ \d+ *(.*)")
 
@@ -64,8 +65,32 @@ class VmFlags:
         return not self.flags.isdisjoint({"um", "uw", "ui", "ur"})
 
 
-def read_vm_flags(start: int, end: int, pid: int | None) -> list[VmFlags]:
-    """Return the mappings that have a byte in [start, end), in order of address."""
+def vm_flags(where: Any, length: int | None = None, *, pid: int | None = None) -> list[VmFlags]:
+    """Return the mappings that have a byte in a range, with how they are registered.
+
+    The kernel counts the pages of every mapping up to there for it: this is not for a loop.
+
+    Args:
+        where: The range: any address, or an object.
+        length: Bytes; None for all of the object, or the one byte at the address.
+        pid: The process; None is this one.
+
+    Raises:
+        TargetExitedError: There is no such process, or it has exited.
+        UffdPermissionError: This process may not look at it.
+
+    Example:
+        >>> from userfault.kernel import Mapping, Userfaultfd, pagemap
+        >>> with Mapping.anonymous(1 << 20) as memory, Userfaultfd() as uffd:
+        ...     _ = uffd.register(memory)
+        ...     (found,) = pagemap.vm_flags(memory)
+        ...     found.missing, found.write_protect, found.start == memory.address
+        (True, False, True)
+    """
+    if isinstance(where, int):
+        start, end = where, where + (1 if length is None else length)
+    else:
+        start, end = pages_of(where, length, exact=False)
     with TargetFile("smaps", pid) as file, open(file.fd, errors="surrogateescape", closefd=False) as text:
         found = list(_overlapping(text, start, end))
         if not found:

@@ -31,20 +31,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
-import operator
 import os
 import struct
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from userfault.kernel import abi
-from userfault.kernel._address import PAGE_MASK, PAGE_SIZE, check_range, range_of, span_of
+from userfault.kernel._address import PAGE_SIZE, check_range
+from userfault.kernel._page_range import pages_of
 from userfault.kernel._proc import TargetFile
-from userfault.kernel._smaps import VmFlags, read_vm_flags
+from userfault.kernel._smaps import VmFlags, vm_flags
 from userfault.kernel.abi import PageCategory, PagemapBit
 from userfault.kernel.errors import BadAddressError, UsageError, error_from_errno
-from userfault.kernel.mapping import Mapping
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -95,11 +93,13 @@ def _region_dtype() -> np.dtype[np.void]:
 
 def _block(regions: int) -> tuple[Regions, int]:
     """Return room for at least so many regions, and its address. What is not filled costs address space only."""
-    if _spare:
-        with suppress(IndexError):  # another thread was faster
-            block, address = _spare.pop()
-            if len(block) >= regions:
-                return block, address
+    try:
+        block, address = _spare.pop()
+    except IndexError:
+        pass
+    else:
+        if len(block) >= regions:
+            return block, address
     import numpy as np
 
     block = np.empty(max(regions, _COPIED), _region_dtype())
@@ -262,7 +262,7 @@ class Scanner:
 
         See `Documentation/admin-guide/mm/pagemap.rst`, and ioctl PAGEMAP_SCAN in `fs/proc/task_mmu.c`.
         """
-        start, end = _pages_of(where, length, exact=protect)
+        start, end = pages_of(where, length, exact=protect)
         if max_pages < 0:
             raise UsageError(f"max_pages {max_pages} is negative")
         if max_regions is None:
@@ -323,8 +323,10 @@ class Scanner:
             return np.concatenate([*full, block[:used]]), walk_end
         if used > _COPIED:
             return block[:used], walk_end  # to copy would cost half as much again as the scan
-        _spare[:] = [(block, address)]
-        return block[:used].copy(), walk_end
+        found_regions = block[:used].copy()
+        if not _spare:
+            _spare.append((block, address))
+        return found_regions, walk_end
 
     def _check_wpasync(self, start: int, end: int) -> None:
         """Ask for a refusal only: a scan that is refused halfway has protected pages and not told which.
@@ -364,7 +366,7 @@ class Scanner:
             TargetExitedError: The process has exited.
             UsageError: Not whole pages.
         """
-        start, end = _pages_of(where, length, exact=True)
+        start, end = pages_of(where, length, exact=True)
         flags = _WP_MATCHING
         if check_wpasync:
             self._check_wpasync(start, end)
@@ -390,7 +392,7 @@ class Scanner:
         """
         import numpy as np
 
-        start, end = _pages_of(where, length, exact=False)
+        start, end = pages_of(where, length, exact=False)
         result = np.empty((end - start) // PAGE_SIZE, np.uint64)
         view, offset, done = result.data.cast("B"), start // PAGE_SIZE * _ENTRY, 0
         while done < len(view):
@@ -433,28 +435,6 @@ def _has_region_at(regions: Regions, address: int) -> bool:
 
     index = int(np.searchsorted(regions["start"], np.uint64(address), side="right")) - 1
     return index >= 0 and address < int(regions["end"][index])
-
-
-def _pages_of(where: Any, length: int | None, *, exact: bool) -> tuple[int, int]:
-    """Return start and end of a range; an object's is widened to whole pages, unless these are to be exact."""
-    if hasattr(where, "__index__") and not hasattr(where, "__len__"):
-        where = operator.index(where)  # an address that NumPy calculated is no buffer of eight bytes
-    if isinstance(where, Mapping):
-        length = where.nbytes if length is None else length
-        if length > where.nbytes:
-            raise UsageError(f"range: length {length} is more than the object's {where.nbytes} bytes")
-        where = where.address
-    if exact or isinstance(where, int):
-        start, length = range_of(where, length)
-        if start + length >> 64:
-            raise UsageError(f"range: {start:#x} + {length:#x} lies outside of the address space")
-        return start, start + length
-    address, available, _ = span_of(where)
-    if length is None:
-        length = available
-    if not 0 < length <= available:
-        raise UsageError(f"range: length {length} is not in the object's {available} bytes")
-    return address & ~PAGE_MASK, (address + length + PAGE_MASK) & ~PAGE_MASK
 
 
 @functools.cache
@@ -549,32 +529,3 @@ def present(where: Any, length: int | None = None, *, pid: int | None = None) ->
 def protected(where: Any, length: int | None = None, *, pid: int | None = None) -> Booleans:
     """Return which pages a userfaultfd protects (WP or RWP), in memory, swapped out, or to be so when they come."""
     return has(entries(where, length, pid=pid), PagemapBit.UFFD_PROTECTED)
-
-
-def vm_flags(where: Any, length: int | None = None, *, pid: int | None = None) -> list[VmFlags]:
-    """Return the mappings that have a byte in a range, with how they are registered.
-
-    The kernel counts the pages of every mapping up to there for it: this is not for a loop.
-
-    Args:
-        where: The range: any address, or an object.
-        length: Bytes; None for all of the object, or the one byte at the address.
-        pid: The process; None is this one.
-
-    Raises:
-        TargetExitedError: There is no such process, or it has exited.
-        UffdPermissionError: This process may not look at it.
-
-    Example:
-        >>> from userfault.kernel import Mapping, Userfaultfd, pagemap
-        >>> with Mapping.anonymous(1 << 20) as memory, Userfaultfd() as uffd:
-        ...     _ = uffd.register(memory)
-        ...     (found,) = pagemap.vm_flags(memory)
-        ...     found.missing, found.write_protect, found.start == memory.address
-        (True, False, True)
-    """
-    if isinstance(where, int):
-        start, end = where, where + (1 if length is None else length)
-    else:
-        start, end = _pages_of(where, length, exact=False)
-    return read_vm_flags(start, end, pid)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from userfault.kernel._address import PAGE_SIZE, range_of, source_of
+from userfault.kernel._address import PAGE_SIZE, is_address, range_of, source_of
 from userfault.kernel._requests import Outcome
 from userfault.kernel.abi import PagemapBit
 from userfault.kernel.errors import NoMemoryError, UsageError, error_from_errno
@@ -210,7 +210,7 @@ def copy_all(
         NoMemoryError: There was still no memory at the deadline, or the pool of huge pages is empty.
         UffdError: The source cannot be read, or another refusal; `done` says how far it came.
     """
-    if length is None and not isinstance(dst, int):
+    if length is None and not is_address(dst):
         dst, length = range_of(dst, None, "target")
     address, length, keep = source_of(src, length)
     start, length = range_of(dst, length, "target")
@@ -337,7 +337,7 @@ def move_all(
         RangeBusyError: A page is pinned or shared: copy it, then give up the source; `done` says how far it came.
         UffdError: As `copy_all`.
     """
-    if length is None and not isinstance(dst, int):
+    if length is None and not is_address(dst):
         dst, length = range_of(dst, None, "target")
     address, length = range_of(src, length, "source")
     start, length = range_of(dst, length, "target")
