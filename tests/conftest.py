@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -23,6 +24,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_private] = folder
     config.stash[_not_run] = {}
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+
+
+def pytest_collection_finish() -> None:
+    """Take what collecting made out of the garbage collections that the leak check makes before and after each test."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -369,7 +369,8 @@ class Requests(Descriptor):
 
         Only pages that are there are protected; empty ones are not marked. Linux 7.3's first releases: on huge
         pages (hugetlb), take the protection away (`protect=False`) right after MADV_DONTNEED or a hole punched
-        into a protected page, or the next write to it spins in the kernel.
+        into a protected page, or the next write to it spins in the kernel (until the page is protected or
+        unprotected anew).
 
         Raises:
             NotRegisteredError: A mapping in the range has no RWP mode; nothing was changed.
