@@ -188,6 +188,16 @@ struct start {
 	int number;
 };
 
+static bool so_many_threads(void *arg)
+{
+	return test_thread_count() == *(int *)arg;
+}
+
+bool test_threads_left(int count)
+{
+	return test_wait(so_many_threads, &count);
+}
+
 static void *crowd_thread(void *arg)
 {
 	struct start s = *(struct start *)arg;

@@ -22,6 +22,9 @@ static inline int test_base_threads(void)
 	return 1 + TEST_TSAN;
 }
 
+// Waits until only so many threads are left: the kernel lists one that was joined for a moment longer.
+bool test_threads_left(int count);
+
 enum { TEST_CROWD = 128 };
 
 // In main: an argument names the only part to run. Tells afterwards what ran.

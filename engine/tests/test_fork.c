@@ -58,7 +58,7 @@ static void end(void)
 	CHECK(uf_source_drop(pager, ok) == 0);
 	test_settle(pager);
 	test_end(pager);
-	CHECK(test_thread_count() == test_base_threads());
+	CHECK(test_threads_left(test_base_threads()));
 }
 
 static void check_budgets(void)
@@ -195,7 +195,7 @@ static void child_ends(void *arg)
 		uf_memory_destroy(memories[i]);
 	CHECK(uf_source_drop(pager, ok) == 0);
 	CHECK(uf_pager_shutdown(pager) == 0);
-	CHECK(test_thread_count() == test_base_threads() && test_children(pids, 16) == 0);
+	CHECK(test_threads_left(test_base_threads()) && test_children(pids, 16) == 0);
 	ok = test_worker_source(pager, "ok");
 	for (int i = 0; i < 4; i++) {
 		struct uf_memory *m = create(i, 65536, 0);

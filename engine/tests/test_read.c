@@ -166,6 +166,6 @@ int main(int argc, char **argv)
 
 	test_end(p);
 	CHECK(test_fd_count() == fds, "%d descriptors, %d at the start", test_fd_count(), fds);
-	CHECK(test_thread_count() == test_base_threads());
+	CHECK(test_threads_left(test_base_threads()));
 	return 0;
 }

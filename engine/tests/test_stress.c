@@ -339,6 +339,6 @@ int main(int argc, char **argv)
 		turns();
 	if (RUN("everything"))
 		everything();
-	CHECK(test_thread_count() == test_base_threads());
+	CHECK(test_threads_left(test_base_threads()));
 	return 0;
 }
