@@ -16,13 +16,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INPUTS := pyproject.toml meson.build meson.options README.md \
   $(shell find src engine -type f ! -path '*/__pycache__/*' ! -path 'engine/build/*' ! -path 'engine/tests/*')
 
-.PHONY: run test bench lint types layers engine-test engine-test-tsan engine-test-asan format clean help
+.PHONY: run test test-kernels bench lint types layers engine-test engine-test-tsan engine-test-asan format clean help
 
 run: $(VENV)/.run
 	$(BIN)/userfault demo $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
+
+# KERNELS="6.1 7.3" chooses; without it all of the matrix.
+KERNELS ?=
+test-kernels: $(VENV)/.test
+	PYTHONPATH=tools $(BIN)/python -m kernels $(KERNELS) $(ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -57,6 +62,7 @@ clean:
 help:
 	@echo 'make run [ARGS=...]    build, then userfault demo (ARGS=FILE for a file of yours)'
 	@echo 'make test [ARGS=...]   build, then the test suite (ARGS="-k zarr" for a part of it)'
+	@echo 'make test-kernels      the tests of the kernel API and the engine on real kernels in QEMU (KERNELS="6.1 7.3" for some)'
 	@echo 'make bench [ARGS=...]  the table of docs/performance.md'
 	@echo 'make lint              ruff and the layers of the design'
 	@echo 'make types             mypy --strict, and the stub against the compiled module'
