@@ -960,9 +960,11 @@ def test_flags_of_nothing(memory: Mapping) -> None:
 
 def test_flags_of_an_array() -> None:
     array = np.arange(100_000)
-    (flags,) = pagemap.vm_flags(array)
-    assert flags.start <= array.ctypes.data < flags.end
-    assert flags.missing is False
+    found = pagemap.vm_flags(array)  # the allocator's own mappings may meet under it
+    start, end = array.ctypes.data, array.ctypes.data + array.nbytes
+    assert found[0].start <= start < found[0].end
+    assert found[-1].start < end <= found[-1].end
+    assert not any(flags.missing for flags in found)
 
 
 # --- the module ----------------------------------------------------------------------------------------------------
