@@ -9,9 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from support import leaks, privileges
+
+# `--hypothesis-profile=soak` tries for hours; the kernel matrix, where everything is slow, takes "emulated".
+hypothesis.settings.register_profile("soak", max_examples=20_000, deadline=None)
+hypothesis.settings.register_profile("emulated", max_examples=6, deadline=None, derandomize=True)
 
 _failed = pytest.StashKey[bool]()
 _not_run = pytest.StashKey[dict[str, list[str]]]()

@@ -188,6 +188,11 @@ struct start {
 	int number;
 };
 
+int test_rounds(int rounds)
+{
+	return getenv("UF_TEST_SLOW") ? rounds / 4 : rounds;
+}
+
 static bool so_many_threads(void *arg)
 {
 	return test_thread_count() == *(int *)arg;

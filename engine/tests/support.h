@@ -25,6 +25,9 @@ static inline int test_base_threads(void)
 // Waits until only so many threads are left: the kernel lists one that was joined for a moment longer.
 bool test_threads_left(int count);
 
+// `rounds` of them, or a quarter where everything is slow: UF_TEST_SLOW is set under emulation.
+int test_rounds(int rounds);
+
 enum { TEST_CROWD = 128 };
 
 // In main: an argument names the only part to run. Tells afterwards what ran.

@@ -119,7 +119,7 @@ static void under_load(void)
 	static struct test_crowd c, d;
 	struct uf_failure why;
 	uint64_t r = 4711;
-	for (int round = 0; round < (TEST_TSAN ? 20 : 60); round++) {
+	for (int round = 0; round < test_rounds(TEST_TSAN ? 20 : 60); round++) {
 		enum kind kind = (enum kind)(round % KINDS);
 		struct uf_memory *m = create(kind, round % 3 ? BLOCK : 4096, round % 2 ? 2 << 20 : 0);
 		test_crowd_start(&c, 4, until_closed, uf_memory_address(m));
@@ -174,7 +174,7 @@ static void during_prefetch(void)
 	// Slow enough that the memory is closed while it is read, however busy the machine.
 	uint32_t was = slow;
 	slow = test_worker_source(pager, "slow:100000");
-	for (int round = 0; round < 40; round++) {
+	for (int round = 0; round < test_rounds(40); round++) {
 		enum kind kind = (enum kind)(round % KINDS);
 		struct uf_memory *m = create(kind, 4096, 0);
 		struct prefetch f[2] = {{m, 0}, {m, 0}};
@@ -221,7 +221,7 @@ static void source_gone(void)
 {
 	const uint64_t length = (8 << 20) + 77; // the last block is copied by way of the staging area
 	struct uf_failure why;
-	for (int round = 0; round < (TEST_TSAN ? 60 : 300); round++) {
+	for (int round = 0; round < test_rounds(TEST_TSAN ? 60 : 300); round++) {
 		uint8_t *copy = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		CHECK(copy != MAP_FAILED);
 		memset(copy, 7, length);
@@ -243,7 +243,7 @@ static void source_gone(void)
 static void rounds(void)
 {
 	int fds = 0, threads = 0, mappings = 0;
-	for (int round = 0; round < 550; round++) {
+	for (int round = 0; round < 50 + test_rounds(500); round++) {
 		if (round == 50) {
 			fds = test_fd_count();
 			threads = test_thread_count();

@@ -344,7 +344,7 @@ static void while_closing(void)
 	static struct test_crowd c;
 	pager = test_pager(1 << 30);
 	ok = test_worker_source(pager, "ok");
-	for (int round = 0; round < 40; round++) {
+	for (int round = 0; round < test_rounds(40); round++) {
 		struct uf_memory *kept = create(round % 4, 65536, 0);
 		for (int i = 0; i < CLOSING; i++) {
 			closing[i] = create(i % 4, 4096, 0);
@@ -401,9 +401,9 @@ int main(int argc, char **argv)
 	if (RUN("when_idle"))
 		when_idle();
 	if (RUN("while_faulting"))
-		while_faulting(25, false);
+		while_faulting(test_rounds(25), false);
 	if (RUN("while_busy"))
-		while_faulting(25, true);
+		while_faulting(test_rounds(25), true);
 	// A thread of the child may get the stack, and so the id, of one that ended in the parent while it forked:
 	// ThreadSanitizer, whose list of threads the child inherits, then gives up ("dup thread with used id").
 	if (!TSAN_STUMBLES && !ASAN_STUMBLES && RUN("while_closing"))

@@ -703,7 +703,7 @@ static void linger(void)
 		CHECK(test_wait(idle, p), "%d threads, %d descriptors", test_thread_count(), test_fd_count());
 	}
 	// While it ends, the next comes.
-	for (int round = 0; round < 100; round++) {
+	for (int round = 0; round < test_rounds(100); round++) {
 		struct uf_memory *m;
 		struct uf_memory_options none = {.nbytes = LENGTH, .source = UF_SOURCE_MEMORY, .address = test_reference(LENGTH)};
 		test_memory_source(p, &none, &m);

@@ -24,6 +24,7 @@ OK, FAILED, NOT_RUN = 0, 1, 3
 def main(arguments: list[str] | None = None) -> int:
     """Run the matrix and return the exit code."""
     options = _parser().parse_args(arguments)
+    options.output = options.output.resolve()
     if trouble := machine.missing():
         print(f"NOT RUN: {trouble}", file=sys.stderr)
         return NOT_RUN
@@ -131,6 +132,5 @@ def _tell(kernel: download.Download, runs: list[matrix.Run], options: argparse.N
 
 
 if __name__ == "__main__":
-    # Told to end (by CI's `timeout`), it ends its machines first.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, matrix.end)
     sys.exit(main())

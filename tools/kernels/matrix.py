@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -54,6 +55,16 @@ class Run:
                 print(f"{name:>13} {time.monotonic() - self.machine.began:5.0f} s  {said}", flush=True)
 
 
+_told_to_end = False
+
+
+def end(*_: object) -> None:
+    """End all machines and the program: the handler of SIGTERM, which CI's `timeout` sends."""
+    global _told_to_end
+    _told_to_end = True
+    sys.exit(128 + signal.SIGTERM)  # lost if it comes in a destructor: then `run_all` sees what is said above
+
+
 class BusyError(Exception):
     """Another run of the matrix uses the same folder."""
 
@@ -70,19 +81,21 @@ def run_all(kernels: list[Download], options: argparse.Namespace) -> list[Run]:
         programs = here.engine_programs() if options.only != "pytest" else []
         base = initramfs.build(programs, compiled)
         base.file(IDS, json.dumps(ids).encode())
-        steps = [step for step in STEPS if options.only in (None, step)]
-        waiting = [_run(kernel, step, ids, options) for kernel in kernels for step in steps]
+        waiting = [
+            Run(kernel, step, _machine(kernel, step, options), Results(ids if step == "pytest" else []))
+            for kernel in kernels
+            for step in STEPS
+            if options.only in (None, step)
+        ]
         running: list[Run] = []
         ended: list[Run] = []
         try:
             while waiting or running:
+                if _told_to_end:
+                    end()
                 while waiting and len(running) < options.jobs:
-                    run = waiting.pop(0)
-                    running.append(run)
-                    modules = _with_modules(base, run.kernel)
-                    base.file("/plan.json", json.dumps(_plan(run.step, modules, programs, options)).encode())
-                    base.write(run.machine.initramfs)
-                    run.machine.start()
+                    running.append(waiting.pop(0))
+                    _start(running[-1], base, programs, options)
                 time.sleep(POLL_S)
                 for run in list(running):
                     is_running = run.machine.is_running()
@@ -95,6 +108,7 @@ def run_all(kernels: list[Download], options: argparse.Namespace) -> list[Run]:
             for run in running:
                 run.machine.stop()
                 run.machine.initramfs.unlink(missing_ok=True)
+            shutil.rmtree(compiled)
         return ended
 
 
@@ -114,25 +128,34 @@ def _emptied(folder: Path) -> Iterator[None]:
         yield
 
 
-def _run(kernel: Download, step: str, ids: list[str], options: argparse.Namespace) -> Run:
+def _machine(kernel: Download, step: str, options: argparse.Namespace) -> Machine:
     folder = options.output / kernel.name / step
     folder.mkdir(parents=True)
-    machine = Machine(kernel.vmlinuz, folder / "initramfs.cpio", folder, options.processors, options.seconds)
-    return Run(kernel, step, machine, Results(ids if step == "pytest" else []))
+    return Machine(kernel.vmlinuz, folder / "initramfs.cpio", folder, options.processors, options.seconds)
 
 
-def _with_modules(base: Archive, kernel: Download) -> list[str]:
-    """Put a kernel's modules in place of another's, and return their paths."""
-    paths = [f"/modules/{path.name}" for path in kernel.modules]
-    for source, target in zip(kernel.modules, paths, strict=True):
+def _start(run: Run, base: Archive, programs: list[Path], options: argparse.Namespace) -> None:
+    """Put what differs between machines into the archive, in place of another machine's, and boot."""
+    modules = [f"/modules/{path.name}" for path in run.kernel.modules]
+    for source, target in zip(run.kernel.modules, modules, strict=True):
         base.file(target, source)
-    return paths
+    base.file("/plan.json", json.dumps(_plan(run.step, modules, programs, options)).encode())
+    base.write(run.machine.initramfs)
+    run.machine.start()
 
 
 def _plan(step: str, modules: list[str], programs: list[Path], options: argparse.Namespace) -> dict[str, Any]:
     """Return what the first process reads: what to run, and with what environment."""
     limit = f"faulthandler_timeout={HANGING_TEST_SECONDS}"
-    pytest = [*here.PYTEST, "--tb=short", "-rN", "-o", limit, *(options.pytest or [here.TESTS])]
+    pytest = [
+        *here.PYTEST,
+        "--tb=short",
+        "-rN",
+        "-o",
+        limit,
+        "--hypothesis-profile=emulated",
+        *(options.pytest or [here.TESTS]),
+    ]
     return {
         "python": sys.executable,
         "root": str(initramfs.ROOT),
@@ -148,6 +171,8 @@ def _plan(step: str, modules: list[str], programs: list[Path], options: argparse
             "COLUMNS": "120",
             # Hypothesis then draws the same examples every time and has no deadline for one.
             "CI": "1",
+            # Fewer rounds of the engine's tests (engine/tests/support.c).
+            "UF_TEST_SLOW": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": str(initramfs.GUEST),
             "MATRIX_EVENTS": EVENTS,
