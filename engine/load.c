@@ -165,9 +165,10 @@ void uf_poison(struct uf_memory *m, uint64_t block, unsigned attempts, int err, 
 {
 	struct uf_pager *p = m->pager;
 	uf_log("%s: block %llu (bytes %llu-%llu) cannot be read after %u attempts: %s. It is poisoned: reading it raises "
-	       "SIGBUS.",
+	       "%s.",
 	       m->name, (unsigned long long)block, (unsigned long long)(block << m->shift),
-	       (unsigned long long)((block << m->shift) + uf_run_bytes(m, block, 1)), attempts, message);
+	       (unsigned long long)((block << m->shift) + uf_run_bytes(m, block, 1)), attempts, message,
+	       uf_host_probe()->poison ? "SIGBUS" : "SIGSEGV");
 	char *at = uf_block_address(m, block);
 	for (size_t off = 0; off < uf_block_size(m); off += p->page) {
 		struct uffdio_poison z = {{(uintptr_t)at + off, p->page}, UFFDIO_POISON_MODE_DONTWAKE, 0};

@@ -188,6 +188,11 @@ struct start {
 	int number;
 };
 
+int test_poison_signal(void)
+{
+	return uf_host_probe()->poison ? SIGBUS : SIGSEGV;
+}
+
 int test_rounds(int rounds)
 {
 	return getenv("UF_TEST_SLOW") ? rounds / 4 : rounds;

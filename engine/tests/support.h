@@ -25,6 +25,9 @@ static inline int test_base_threads(void)
 // Waits until only so many threads are left: the kernel lists one that was joined for a moment longer.
 bool test_threads_left(int count);
 
+// What touching a poisoned block raises: SIGBUS, or SIGSEGV before Linux 6.6.
+int test_poison_signal(void);
+
 // `rounds` of them, or a quarter where everything is slow: UF_TEST_SLOW is set under emulation.
 int test_rounds(int rounds);
 

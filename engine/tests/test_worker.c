@@ -275,7 +275,7 @@ static void fails(void)
 	test_log_begin();
 	int sig = test_touch_right(at, 21 * BLOCK + 5000);
 	char *log = test_log_end();
-	CHECK(sig == SIGBUS, "signal %d", sig);
+	CHECK(sig == test_poison_signal(), "signal %d", sig);
 	CHECK(strstr(log, "grid") && strstr(log, "block 21 ") && strstr(log, "the test source says no") && strstr(log, "3 attempts") &&
 		      strstr(log, "1376256") && strstr(log, "poisoned"),
 	      "%s", log);
@@ -287,7 +287,7 @@ static void fails(void)
 	      e->attempts == 3 && e->err == EIO && e->time_ns && strstr(e->message, "says no"));
 	// Any page of it, and system calls too; its neighbours are well.
 	for (unsigned off = 0; off < BLOCK; off += 4096)
-		CHECK(test_touch_right(at, 21 * BLOCK + off) == SIGBUS);
+		CHECK(test_touch_right(at, 21 * BLOCK + off) == test_poison_signal());
 	int fds[2];
 	CHECK(pipe(fds) == 0);
 	CHECK(write(fds[1], at + 21 * BLOCK, 100) == -1 && errno == EFAULT, "%d", errno);
@@ -302,7 +302,7 @@ static void fails(void)
 	test_log_begin();
 	sig = test_touch_right(at, 21 * BLOCK);
 	free(test_log_end());
-	CHECK(sig == SIGBUS);
+	CHECK(sig == test_poison_signal());
 	CHECK(test_state(m, 21) == UF_POISONED, "the access dies, but the block's state is %d", test_state(m, 21));
 	CHECK(test_stats(m).poisoned == 1);
 
@@ -313,7 +313,7 @@ static void fails(void)
 	test_log_begin();
 	for (unsigned b = 0; b < BLOCKS; b++) {
 		sig = test_touch_right(at, b * BLOCK + 17);
-		if (sig != (b % 7 ? 0 : SIGBUS))
+		if (sig != (b % 7 ? 0 : test_poison_signal()))
 			break;
 		if (b == BLOCKS - 1)
 			sig = -1;
@@ -355,7 +355,7 @@ static void heals(void)
 	struct uf_failure why;
 	unsigned bad = 0;
 	test_log_begin();
-	while (bad < BLOCKS && test_touch_right(at, bad * BLOCK) != SIGBUS)
+	while (bad < BLOCKS && test_touch_right(at, bad * BLOCK) != test_poison_signal())
 		bad++;
 	int tries = 0;
 	while (tries < 100 && uf_memory_prefetch(m, bad, 1, true, &why))
@@ -376,7 +376,7 @@ static void heals(void)
 	int first = test_touch_right(at, LENGTH / 2 - 1), second = test_touch_right(at, LENGTH / 2);
 	int err = uf_memory_prefetch(m, BLOCKS / 2, BLOCKS / 2, true, &why);
 	char *log = test_log_end();
-	CHECK(first == 0 && second == SIGBUS, "%d %d", first, second);
+	CHECK(first == 0 && second == test_poison_signal(), "%d %d", first, second);
 	CHECK(strstr(log, "cut: block 64 ") && strstr(log, "the file ends"), "%s", log);
 	free(log);
 	CHECK(err == -ENODATA && strstr(why.message, "the file ends"), "%d %s", err, why.message);
