@@ -204,6 +204,9 @@ def test_events_are_not_told_unasked() -> None:
     for feature, operation in _OPERATIONS:
         others = every & ~feature
         with make_area(kind, 4) as area, make_area(kind, 4) as target, Userfaultfd(others) as uffd:
+            # An untouched mapping that is moved next to itself is one with it, and loses its registration before the
+            # old place is unmapped: then there is no event. With a page of its own it stays apart.
+            area.populate()
             uffd.register(area.memory)
             start, length = area.start, area.length
             with Handler(uffd, lambda *_: None) as handler:

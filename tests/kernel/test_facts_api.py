@@ -33,8 +33,8 @@ from support.kernel_facts import (
     kernel_call,
     ordinary_file,
     registered,
-    release,
 )
+from support.kernel_releases import release
 from userfault.kernel import Feature, Fork, OpenWay, PageFault, RegisterMode, Remove, Unmap, Userfaultfd, abi
 from userfault.kernel.abi import Operation, PagemapBit, Request
 from userfault.kernel.errors import (

@@ -17,7 +17,6 @@ from support.kernel import (
     KINDS,
     PAGE,
     SHARED_KINDS,
-    Area,
     Touch,
     make_area,
     next_event,
@@ -31,14 +30,16 @@ from support.kernel_facts import (
     ask,
     ask_at,
     bytes_at,
-    documented,
     exited_owner,
+    fill_cache,
+    in_file,
     mounted,
     ordinary_file,
     registered,
     signal_info,
     vma,
 )
+from support.kernel_releases import documented
 from support.kernel_scenarios import huge_area, whole_page
 from userfault.kernel import FaultKind, Feature, OpenWay, Outcome, PageFault, RegisterMode, Userfaultfd
 from userfault.kernel.abi import CopyMode, Request
@@ -59,25 +60,6 @@ INVALID = Answer(errno.EINVAL, -errno.EINVAL)
 
 pytestmark = pytest.mark.fact("2.5")
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
-
-
-def fill_cache(area: Area, page: int, data: bytes) -> None:
-    """Have a page in the file that no page table knows of."""
-    fd = area.memory.fd
-    assert fd is not None
-    if area.kind in HUGE_KINDS:  # cannot be written to
-        with Mapping.of_file(fd, area.length) as file:
-            file.write(page * HUGE, data)
-    else:
-        os.pwrite(fd, data, page * PAGE)
-
-
-def in_file(area: Area, page: int) -> bytes:
-    """The first bytes of a page of the file."""
-    fd = area.memory.fd
-    assert fd is not None
-    with Mapping.of_file(fd, area.length) as file:
-        return file.read(page * area.page_size, 32)
 
 
 @every_kind

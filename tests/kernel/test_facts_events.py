@@ -22,7 +22,8 @@ from pathlib import Path
 import pytest
 
 from support.kernel import PAGE, Area, Link, Touch, in_child, make_area, next_event, subject, waiters
-from support.kernel_facts import Job, documented, entry, kernel_call, registered, vma
+from support.kernel_facts import Job, entry, kernel_call, registered, vma
+from support.kernel_releases import documented
 from support.waiting import wait_until
 from userfault.kernel import (
     Feature,

@@ -31,13 +31,15 @@ from support.kernel_facts import (
     Job,
     ask,
     ask_at,
-    documented,
     exited_owner,
+    fill_cache,
+    in_file,
     kernel_reads,
     registered,
     signal_info,
     swap_out,
 )
+from support.kernel_releases import documented
 from userfault.kernel import (
     FaultKind,
     Feature,
@@ -75,20 +77,6 @@ continue_ = pytest.mark.fact("2.7")
 
 def poison(function: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.fact("2.8")(pytest.mark.needs_feature("POISON")(function))  # type: ignore[no-any-return]
-
-
-def fill_cache(area: Area, page: int, data: bytes) -> None:
-    """Have a page in the file that no page table knows of."""
-    assert area.memory.fd is not None
-    with Mapping.of_file(area.memory.fd, area.length) as file:
-        file.write(page * area.page_size, data)
-
-
-def in_file(area: Area, page: int) -> bytes:
-    """The first bytes of a page of the file."""
-    assert area.memory.fd is not None
-    with Mapping.of_file(area.memory.fd, area.length) as file:
-        return file.read(page * area.page_size, 32)
 
 
 def blocks(area: Area) -> int:

@@ -31,7 +31,6 @@ from support.kernel_facts import (
     Answer,
     SignalInfo,
     ask,
-    documented,
     exited_owner,
     kernel_call,
     registered,
@@ -39,6 +38,7 @@ from support.kernel_facts import (
     tell_signals,
     vma,
 )
+from support.kernel_releases import documented
 from userfault.kernel import FaultKind, Feature, PageFault, RegisterMode, Userfaultfd
 from userfault.kernel.abi import Request
 from userfault.kernel.errors import NotRegisteredError

@@ -23,7 +23,6 @@ from support.kernel_facts import (
     Job,
     ask,
     ask_at,
-    documented,
     exited_owner,
     filling,
     kernel_call,
@@ -32,6 +31,7 @@ from support.kernel_facts import (
     signal_info,
     vma,
 )
+from support.kernel_releases import documented
 from support.waiting import wait_until
 from userfault.kernel import Feature, OpenWay, Outcome, PageFault, RegisterMode, Remove, Userfaultfd, abi
 from userfault.kernel.abi import Request
@@ -82,7 +82,7 @@ def test_the_device_knows_one_request_and_needs_no_right_to_write() -> None:
     try:
         device = os.open("/dev/userfaultfd", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        pytest.skip("needs /dev/userfaultfd (Linux 6.1)")
+        pytest.skip("needs /dev/userfaultfd")
     try:
         assert ask_at(device, Request.REGISTER, 0) == errno.EINVAL
         with Userfaultfd.from_fd(fcntl.ioctl(device, Request.NEW, os.O_CLOEXEC)) as uffd:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import pytest
 
 from support.kernel import HUGE, KINDS, PAGE, Area, in_child, make_area, protected
-from support.kernel_facts import ask_at, documented, kernel_writes, mapped_huge, ordinary_file
+from support.kernel_facts import ask_at, kernel_writes, mapped_huge, ordinary_file
+from support.kernel_releases import documented
 from support.kernel_scenarios import huge_area
 from support.rwp import write_mem_file
 from userfault.kernel import Feature, RegisterMode, Userfaultfd, abi, pagemap

@@ -25,7 +25,6 @@ from support.kernel_facts import (
     Job,
     ask,
     ask_at,
-    documented,
     entry,
     exited_owner,
     kernel_writes,
@@ -34,6 +33,7 @@ from support.kernel_facts import (
     swap_out,
     vma,
 )
+from support.kernel_releases import documented
 from support.kernel_scenarios import huge_area
 from userfault.kernel import (
     FaultKind,

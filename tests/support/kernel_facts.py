@@ -1,24 +1,22 @@
-"""What tests of single facts about the kernel share: bare requests, threads that wait in it, release differences."""
+"""What tests of single facts about the kernel share: bare requests, threads that wait in it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import os
-import re
 import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 import pytest
 
 from support.kernel import DEADLINE_S, PAGE, Area, Link, make_area, subject
+from support.kernel_releases import UNTOUCHED, documented
 from support.rwp import needs_swap
 from support.waiting import wait_until
 from userfault.kernel import Feature, Outcome, RegisterMode, Userfaultfd, abi, pagemap
@@ -36,6 +34,10 @@ __all__ = [
     "documented",
     "drop_privileges",
     "entry",
+    "exited_owner",
+    "fill_cache",
+    "filling",
+    "in_file",
     "kernel_call",
     "kernel_reads",
     "kernel_writes",
@@ -43,7 +45,6 @@ __all__ = [
     "mounted",
     "ordinary_file",
     "registered",
-    "release",
     "signal_info",
     "smaps_bytes",
     "swap_out",
@@ -54,130 +55,6 @@ __all__ = [
 MISSING, WP, MINOR = RegisterMode.MISSING, RegisterMode.WP, RegisterMode.MINOR
 ANONYMOUS = MemoryKind.ANONYMOUS
 NO_FEATURES: Final = Feature(0)
-
-# A result field that the kernel has not written.
-UNTOUCHED: Final = 0x5A5A5A5A
-
-
-# --- releases -------------------------------------------------------------------------------------------------
-
-
-@cache
-def release() -> tuple[int, int]:
-    """Major and minor number of the running kernel."""
-    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    assert found is not None, os.uname().release
-    return int(found[1]), int(found[2])
-
-
-_FIRST: Final = (0, 0)
-_LAST: Final = (99, 0)
-
-# What releases do differently. Each alternative with the first and the last release on which it was seen; between two
-# of them nobody has looked, and either is right.
-_ALTERNATIVES: Final[dict[str, tuple[tuple[tuple[int, int], tuple[int, int], Any], ...]]] = {
-    "registering again without WP, which was all": (
-        (_FIRST, (7, 2), "replaced"),
-        ((7, 3), _LAST, "busy"),
-    ),
-    "registering again without WP, which was a part": (
-        (_FIRST, (7, 2), "kept"),
-        ((7, 3), _LAST, "busy"),
-    ),
-    "UNREGISTER of another's mapping": (
-        (_FIRST, (6, 12), 0),
-        ((6, 18), _LAST, errno.EINVAL),
-    ),
-    "COPY over a guard": (
-        (_FIRST, (6, 18), (0, PAGE)),
-        ((7, 2), _LAST, (errno.EEXIST, -errno.EEXIST)),
-    ),
-    "COPY beyond the end of a file of hugetlb": ((_FIRST, _LAST, (errno.EFAULT, -errno.EFAULT)),),
-    "COPY to huge pages from an empty pool": (
-        (_FIRST, (6, 12), (errno.ENOMEM, -errno.ENOMEM)),
-        ((6, 18), _LAST, (errno.EEXIST, -errno.EEXIST)),
-    ),
-    "fills while the address space changes": (
-        (_FIRST, (6, 1), ((errno.EAGAIN, UNTOUCHED), errno.EAGAIN)),
-        ((6, 12), _LAST, ((errno.EAGAIN, -errno.EAGAIN), errno.EFAULT)),
-    ),
-    "REGISTER of droppable memory": (
-        (_FIRST, (6, 12), 0),
-        ((6, 18), _LAST, errno.EINVAL),
-    ),
-    # Before, protection stayed in the page tables of what was no longer registered.
-    "protection of moved memory that nobody follows": (
-        (_FIRST, (6, 1), True),
-        ((6, 12), _LAST, False),
-    ),
-    "protection after the end of the userfaultfd": (
-        (_FIRST, (6, 1), True),
-        ((6, 12), _LAST, False),
-    ),
-    "protection in a forked child of private huge pages": (
-        (_FIRST, (6, 1), True),
-        ((6, 12), _LAST, False),
-    ),
-    "MADV_COLLAPSE of registered memory with a hole": (
-        (_FIRST, (6, 1), errno.EINVAL),
-        ((6, 12), _LAST, errno.EBUSY),
-    ),
-    "COPY from the kernel's half": (
-        (_FIRST, (6, 1), (errno.EFAULT, -errno.EFAULT)),
-        ((6, 12), _LAST, (errno.EINVAL, UNTOUCHED)),
-    ),
-    # 6.1 pinned buffers with the lock of the address space held, and so could not wait.
-    "registering missing pages with io_uring": (
-        (_FIRST, (6, 1), (errno.EFAULT, [])),
-        ((6, 12), _LAST, (0, [0, 1, 2])),
-    ),
-    "COPY beyond the end of a file of shmem": (
-        (_FIRST, (6, 18), (errno.EFAULT, -errno.EFAULT)),
-        ((7, 2), _LAST, (errno.ENOMEM, -errno.ENOMEM)),
-    ),
-    "CONTINUE beyond the end of the file": (
-        (_FIRST, (6, 18), (errno.EINVAL, -errno.EINVAL)),
-        ((7, 2), _LAST, (errno.EFAULT, -errno.EFAULT)),
-    ),
-    # One mapping only before 6.4.
-    "WRITEPROTECT of several mappings, one without the mode": (
-        (_FIRST, (6, 1), (errno.ENOENT, [False] * 4)),
-        ((6, 12), _LAST, (errno.ENOENT, [True, True, False, False])),
-    ),
-    "WRITEPROTECT over a hole": (
-        (_FIRST, (6, 1), (errno.ENOENT, [False] * 4)),
-        ((6, 12), _LAST, (0, [True, False, True, True])),
-    ),
-    "WRITTEN of memory that is not registered for WP": (
-        (_FIRST, (7, 2), [0, 1, 2, 3]),
-        ((7, 3), _LAST, []),
-    ),
-    "process_madvise(MADV_DONTNEED) of the own process": (
-        (_FIRST, (6, 12), errno.EINVAL),
-        ((6, 18), _LAST, 0),
-    ),
-    "mremap of several mappings": (
-        (_FIRST, (6, 12), errno.EFAULT),
-        ((6, 18), _LAST, 0),
-    ),
-    # mm/userfaultfd.c was given read_iter in 6.10.
-    "RWF_NOWAIT without a message": (
-        (_FIRST, (6, 9), errno.EOPNOTSUPP),
-        ((6, 10), _LAST, errno.EAGAIN),
-    ),
-}
-
-
-def documented(fact: str) -> tuple[Any, ...]:
-    """What this release may answer, where releases differ."""
-    alternatives = _ALTERNATIVES[fact]
-    now = release()
-    for first, last, value in alternatives:
-        if first <= now <= last:
-            return (value,)
-    before = [value for _, last, value in alternatives if last < now]
-    after = [value for first, _, value in alternatives if first > now]
-    return (*before[-1:], *after[:1])
 
 
 # --- bare requests --------------------------------------------------------------------------------------------
@@ -265,6 +142,20 @@ def registered(
     with make_area(kind, pages) as area, Userfaultfd(features) as uffd:
         uffd.register(area.memory, mode=mode)
         yield area, uffd
+
+
+def fill_cache(area: Area, page: int, data: bytes) -> None:
+    """Have a page in the file behind an area, through another mapping: no page table of the area knows of it."""
+    assert area.memory.fd is not None
+    with Mapping.of_file(area.memory.fd, area.length) as file:
+        file.write(page * area.page_size, data)
+
+
+def in_file(area: Area, page: int) -> bytes:
+    """The first bytes of a page of the file behind an area."""
+    assert area.memory.fd is not None
+    with Mapping.of_file(area.memory.fd, area.length) as file:
+        return file.read(page * area.page_size, 32)
 
 
 def bytes_at(address: int, length: int = 32) -> bytes:
@@ -472,7 +363,6 @@ class SignalInfo(NamedTuple):
     lsb: int
 
 
-_BUS_CODES: Final = {"BUS_ADRERR": 2, "BUS_MCEERR_AR": 4}
 _HANDLER: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 

@@ -31,8 +31,8 @@ def collect(arguments: list[str], work: Path) -> tuple[list[str], Path]:
         for line in events.read_text().splitlines():
             results.feed(line)
     if done.returncode != 0 or results.troubles or not results.collected:
-        said = "\n".join([*results.troubles, (done.stdout + done.stderr)[-4000:]])
-        raise PreparationError(f"the tests cannot be collected here either:\n{said}")
+        said = "\n".join(results.troubles) or (done.stdout + done.stderr)[-4000:]
+        raise PreparationError(f"the tests cannot be collected on this machine either:\n{said}")
     return results.collected, compiled
 
 
