@@ -22,7 +22,7 @@ from support.kernel import (
     subject,
     waiters,
 )
-from support.kernel_facts import Job, bytes_at
+from support.kernel_facts import Job
 from support.rwp import (
     ASYNC,
     DIFFERENT_KINDS,
@@ -232,22 +232,6 @@ def test_what_a_move_leaves_behind_is_registered() -> None:
         assert present_pages(area) == protected_pages(area) == [False, False]
         area.populate()
         uffd.rwprotect(area.memory)
-        assert read_waits(area, uffd, 1)
-
-
-@pytest.mark.fact("4.4")
-def test_someone_who_waits_where_memory_was_moved_away() -> None:
-    """They are not woken; and once they are, they take what is mapped there then."""
-    with armed(MemoryKind.SHMEM, SYNC | Feature.EVENT_REMAP) as (area, uffd), _place_for(area) as place:
-        source = area.start
-        with Job(bytes_at, area.page(1)) as read:
-            assert next_event(uffd) == PageFault(area.page(1), FaultFlag.RWP, 0)
-            with Job(lambda: area.memory.remap(to=place)):
-                assert next_event(uffd) == Remap(source, place.address, area.length)
-            assert uffd.fdinfo().total == 1
-            with Mapping.anonymous(area.length, address=source):
-                uffd.wake(source, area.length)
-                assert read.result() == bytes(32)
         assert read_waits(area, uffd, 1)
 
 

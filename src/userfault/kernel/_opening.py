@@ -70,12 +70,17 @@ def open_userfaultfd(way: OpenWay, *, nonblocking: bool, cloexec: bool) -> Opene
     if way is not OpenWay.ANY:
         return _open(way, flags)
     failures: list[UffdError] = []
-    for one in (OpenWay.DEVICE, OpenWay.SYSCALL, OpenWay.USER_MODE_ONLY):
-        try:
-            return _open(one, flags)
-        except UffdError as failure:
-            failures.append(failure)
-    last = failures[-1]
-    message = "no way to a userfaultfd: " + "; ".join(str(failure) for failure in failures)
-    kind = UffdPermissionError if isinstance(last, UffdPermissionError) else type(last)
-    raise kind(message, errno=last.errno, call="userfaultfd", remedy=last.remedy)
+    try:
+        for one in (OpenWay.DEVICE, OpenWay.SYSCALL, OpenWay.USER_MODE_ONLY):
+            try:
+                return _open(one, flags)
+            except UffdError as failure:
+                failures.append(failure)
+        last = failures[-1]
+        message = "no way to a userfaultfd: " + "; ".join(str(failure) for failure in failures)
+        kind = UffdPermissionError if isinstance(last, UffdPermissionError) else type(last)
+        raise kind(message, errno=last.errno, call="userfaultfd", remedy=last.remedy)
+    finally:
+        # A failure holds this frame, and by it the caller's: in a cycle with this list, that would keep the object
+        # that is being made, and so its descriptor, until the garbage collector comes.
+        failures.clear()
