@@ -334,6 +334,14 @@ def test_the_machines_of_a_kernel_are_told_together() -> None:
     assert not combined([pytest_part, _results([], BOOT)]).ended
 
 
+def test_the_end_of_the_console_is_shown_with_what_the_emulator_said(tmp_path: Path) -> None:
+    (tmp_path / "console").write_text("".join(f"line {number}\r\n" for number in range(100)) + "Kernel panic")
+    (tmp_path / "log").write_text("qemu: killed\n")
+    shown = report.console_tail(tmp_path / "console", tmp_path / "log").splitlines()
+    assert shown[-3:] == ["  | line 99", "  | Kernel panic", "  | qemu: killed"]
+    assert "  | line 50" not in shown
+
+
 MODULE = """
 import pytest
 import unittest

@@ -118,7 +118,11 @@ def _tell(kernel: download.Download, runs: list[matrix.Run], options: argparse.N
         if options.write_expected:
             expected.write(expected.file_of(kernel.series), set(results.skips()), kernel.series)
         wrong += report.skip_problems(results, kernel.series)
-    wrong += [report.console_tail(run.machine.console) for run in runs if report.needs_console(run.results)]
+    wrong += [
+        report.console_tail(run.machine.console, run.machine.log)
+        for run in runs
+        if report.needs_console(run.results)
+    ]
     state = "FAILED" if wrong else "ok"
     # On a busy host the processor's seconds say more than the clock's.
     times = ", ".join(

@@ -18,7 +18,8 @@ from pathlib import Path
 # An index younger than this is not fetched again, unless it names a package that has gone.
 FRESH_S = 12 * 3600
 PATIENCE_S = 300
-KEYRINGS = tuple(Path(f"/usr/share/keyrings/debian-archive-keyring.{suffix}") for suffix in ("pgp", "gpg"))
+KEYRING_NAMES = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
+KEYRINGS = tuple(Path("/usr/share/keyrings", name) for name in KEYRING_NAMES)
 
 
 class UnavailableError(Exception):
@@ -69,7 +70,7 @@ def newest_keyring(mirror: str, folder: Path) -> Path | None:
             package = suite.download("debian-archive-keyring")
         except UnavailableError:
             continue
-        found = extract(package, lambda path: Path(path).name in {keyring.name for keyring in KEYRINGS})
+        found = extract(package, lambda path: Path(path).name in KEYRING_NAMES)
         for path, content in found.items():
             target = folder / Path(path).name
             target.write_bytes(content)

@@ -49,10 +49,15 @@ class Machine:
         """One JSON object a line."""
         return self.folder / "events.jsonl"
 
+    @property
+    def log(self) -> Path:
+        """What the emulator itself says, mostly nothing."""
+        return self.folder / "qemu.log"
+
     def start(self) -> None:
         """Switch it on."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.console, self.events):
+        for path in (self.console, self.events, self.log):
             path.write_bytes(b"")
         command = [
             QEMU, "-machine", "pc", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
@@ -61,13 +66,14 @@ class Machine:
             "-serial", f"file:{self.console}", "-serial", f"file:{self.events}",
         ]  # fmt: skip
         self.began = time.monotonic()
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=(self.folder / "qemu.log").open("wb"),
-            stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent,
-        )
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_die_with_parent,
+            )
 
     def new_lines(self) -> list[str]:
         """Return the events that have come since the last call."""

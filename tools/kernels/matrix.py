@@ -131,9 +131,7 @@ def _emptied(folder: Path) -> Iterator[None]:
 def _machine(kernel: Download, step: str, options: argparse.Namespace) -> Machine:
     folder = options.output / kernel.name / step
     folder.mkdir(parents=True)
-    # 6.12 and emulated cmpxchg16b on several processors do not go together: now and then a double fault in kmalloc.
-    processors = 1 if kernel.series == "6.12" else options.processors
-    return Machine(kernel.vmlinuz, folder / "initramfs.cpio", folder, processors, options.seconds)
+    return Machine(kernel.vmlinuz, folder / "initramfs.cpio", folder, options.processors, options.seconds)
 
 
 def _start(run: Run, base: Archive, programs: list[Path], options: argparse.Namespace) -> None:

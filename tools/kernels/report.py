@@ -46,9 +46,10 @@ def skip_problems(results: Results, series: str) -> list[str]:
     return expected.differences(path, expected.read(path), results.skips())
 
 
-def console_tail(console: Path) -> str:
-    """Return the end of a console, where it says why a machine stopped."""
+def console_tail(console: Path, emulator_log: Path) -> str:
+    """Return the end of a console, where it says why a machine stopped, and all that the emulator itself said."""
     lines = console.read_text(errors="replace").replace("\r", "").splitlines()[-CONSOLE_LINES:]
+    lines += emulator_log.read_text(errors="replace").splitlines()
     return f"the end of {console}:\n" + textwrap.indent("\n".join(lines), "  | ", lambda _: True)
 
 
