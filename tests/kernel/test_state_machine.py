@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -1132,7 +1132,11 @@ def discard(value: object) -> None:
 pytestmark = pytest.mark.needs_feature("WP_UNPOPULATED")
 
 TestPages = Pages.TestCase
+_soaks = settings.default is not None and settings.default.max_examples > 1000
 TestPages.settings = settings(
+    # The same sequences every time, but in a soak; and no shrinking, which takes longer than the watchdog lets a test.
+    derandomize=not _soaks,
+    phases=(Phase.generate, Phase.shrink) if _soaks else (Phase.generate,),
     stateful_step_count=40,
     deadline=None,
     database=None,
