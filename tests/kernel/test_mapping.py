@@ -31,6 +31,7 @@ from userfault.kernel.errors import (
     UffdError,
     UffdPermissionError,
     UsageError,
+    error_from_errno,
 )
 from userfault.kernel.mapping import Advice, MapFlag, Mapping, MemoryKind, Protection
 
@@ -875,3 +876,26 @@ def test_messages_name_the_memory(memory: Mapping) -> None:
     assert re.fullmatch(text, repr(memory))
     with pytest.raises(UsageError, match=text):
         memory.read(4 * PAGE, 1)
+
+
+def test_what_a_failed_move_may_have_unmapped_is_not_unmapped_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The kernel unmaps the target before it can still fail; then the place may be somebody else's.
+    from userfault.kernel import _extent, _mman
+
+    def fails(*_: object) -> int:
+        raise error_from_errno(errno.ENOMEM, call="mremap")
+
+    with Mapping.anonymous(PAGE) as memory:
+        target = Mapping.anonymous(PAGE)
+        place = (target.address, target.address + PAGE)
+        monkeypatch.setattr(_mman, "mremap", fails)
+        with pytest.raises(NoMemoryError):
+            memory.remap(to=target)
+        monkeypatch.undo()
+        unmapped: list[tuple[int, int]] = []
+        monkeypatch.setattr(_extent, "_munmap", unmapped.extend)
+        target.close()
+        monkeypatch.undo()
+        assert unmapped == []
+        memory.write(0, b"still here")
+        _extent._munmap([place])

@@ -167,7 +167,6 @@ class Extent:
             ExportedError: Somebody uses it, or what is replaced.
             UsageError: A part of it was unmapped.
         """
-        given_up: list[Piece] = []
         with self._lock:
             self.check_open()
             if self._pieces != [(self.address, self.address + self.length)]:
@@ -175,13 +174,13 @@ class Extent:
             moved = self._take(self.address, self.address + self.length, "moved")
         try:
             if replaced is not None:
+                # For good: mremap unmaps what is there before it can still fail, and then somebody else's memory may
+                # come to lie there, which a later `close` must not unmap.
                 with replaced._lock:
-                    given_up = replaced._take(target, target + new_length, "replaced")
+                    replaced._take(target, target + new_length, "replaced")
             placed = _mman.mremap(self.address, self.length, new_length, flags, target)
         except BaseException:
             self._give_back(moved)
-            if replaced is not None:
-                replaced._give_back(given_up)
             raise
         if not flags & _mman.RemapFlag.DONTUNMAP:
             self.address, self.length = placed, new_length

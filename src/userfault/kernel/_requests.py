@@ -346,7 +346,8 @@ class Requests(Descriptor):
         """Trap writes to a range that is registered for WP, or let them pass (UFFDIO_WRITEPROTECT, Linux 5.7).
 
         Empty pages of anonymous memory are marked only with `WP_UNPOPULATED`; without it, writes there go
-        unnoticed. Setting and taking away are idempotent.
+        unnoticed. Setting and taking away are idempotent. Before Linux 6.12 at the latest, take the protection of huge
+        pages (hugetlb) away before `close`: on 6.1 a later write there spins in the kernel.
 
         Args:
             where: The range.

@@ -471,7 +471,8 @@ class Mapping:
             new_length: Length that it is to have, a multiple of the page size; None keeps it. A file behind it is not
                 made longer.
             to: Where it is to be: an address, where whatever is mapped is *replaced*, or another mapping, which loses
-                that range (and is closed when nothing is left of it). None for where the kernel likes.
+                that range (and is closed when nothing is left of it), also if the kernel then fails to move. None for
+                where the kernel likes.
             dontunmap: Leave the old range mapped, but empty (Linux 5.7): still registered, it traps again.
             may_move: False lets it grow and shrink only where it is.
 
