@@ -18,6 +18,14 @@ int uf_staging_init(struct uf_staging *st)
 		munmap(area, (size_t)(aligned - area));
 	munmap(aligned + UF_EXTENT, (size_t)(area + UF_EXTENT - aligned));
 	st->area = aligned;
+	st->packed = mmap(NULL, UF_EXTENT, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (st->packed == MAP_FAILED) {
+		int err = -errno;
+		munmap(aligned, UF_EXTENT);
+		st->area = st->packed = NULL;
+		return err;
+	}
+	madvise(st->packed, UF_EXTENT, MADV_DONTFORK);
 	st->huge = uf_host_probe()->thp && !madvise(aligned, UF_EXTENT, MADV_HUGEPAGE);
 	// MOVE refuses pages that a fork shares (EBUSY). The child makes a staging area of its own.
 	madvise(aligned, UF_EXTENT, MADV_DONTFORK);
@@ -26,9 +34,11 @@ int uf_staging_init(struct uf_staging *st)
 
 void uf_staging_deinit(struct uf_staging *st)
 {
-	if (st->area)
+	if (st->area) {
 		munmap(st->area, UF_EXTENT);
-	st->area = NULL;
+		munmap(st->packed, UF_EXTENT);
+	}
+	st->area = st->packed = NULL;
 }
 
 // UFFDIO_COPY of a run, with every outcome of kernel.md §2.5. 0, or a negative errno that is the end for this run.
@@ -36,7 +46,7 @@ void uf_staging_deinit(struct uf_staging *st)
 // `*woken`: one call did it all, and woke the run's waiters itself; that saves a system call per fault. It comes before the
 // new state is stored, so a fault that meets LOADING afterwards (a write, or foreign code dropped the page at once) would
 // be lost. Therefore whoever drops a fault on LOADING leaves UF_WORD_DROPPED, and the owner then wakes as the rule says.
-static int copy_run(struct uf_memory *m, char *dst, const char *src, size_t len, bool *woken)
+int uf_copy_run(struct uf_memory *m, char *dst, const char *src, size_t len, bool protect, bool *woken)
 {
 	*woken = false;
 	size_t page = m->pager->page, done = 0, step = len;
@@ -46,7 +56,7 @@ static int copy_run(struct uf_memory *m, char *dst, const char *src, size_t len,
 			.dst = (uintptr_t)dst + done,
 			.src = (uintptr_t)src + done,
 			.len = uf_min(step, len - done),
-			.mode = m->wp ? UFFDIO_COPY_MODE_WP : 0,
+			.mode = protect && m->wp ? UFFDIO_COPY_MODE_WP : 0,
 		};
 		if (!ioctl(m->uffd, UFFDIO_COPY, &c)) {
 			*woken = c.len == len;
@@ -76,7 +86,8 @@ static int copy_run(struct uf_memory *m, char *dst, const char *src, size_t len,
 				done += page;
 			break;
 		case ENOMEM:
-			if (++stalls > 100)
+			// What has arrived writable may be written to already: then there is no way back.
+			if (++stalls > 100 && !(done && m->store && !protect))
 				return -ENOMEM;
 			nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
 			break;
@@ -113,6 +124,24 @@ static size_t move_extent(struct uf_memory *m, char *dst, char *src)
 	return done;
 }
 
+// Blocks that are being made dirty arrive writable, the others write-protected.
+static int copy_blocks(struct uf_memory *m, uint64_t first, uint64_t count, const char *src, bool *woken)
+{
+	int err = 0;
+	uint64_t n;
+	// Those last: their writers go on at once, so nothing may fail after that.
+	for (uint64_t at = 0, pass = 0; pass < 2 && !err; at = at + n < count ? at + n : (pass++, 0)) {
+		bool dirty = uf_is_dirty(m, first + at);
+		for (n = 1; at + n < count && uf_is_dirty(m, first + at + n) == dirty; n++)
+			;
+		if (dirty != pass)
+			continue;
+		err = uf_copy_run(m, uf_block_address(m, first + at), src + (at << m->shift), n << m->shift, !dirty, woken);
+		*woken &= n == count;
+	}
+	return err;
+}
+
 static bool is_extent(const struct uf_memory *m, uint64_t first, uint64_t count)
 {
 	return m->extents && count << m->shift == UF_EXTENT && ((first << m->shift) & (UF_EXTENT - 1)) == 0;
@@ -144,9 +173,11 @@ int uf_install(struct uf_memory *m, uint64_t first, uint64_t count, const void *
 		*huge = moved == len;
 		src = st->area; // what did not move is still there
 	}
-	int err = *huge ? 0 : copy_run(m, dst + moved, (const char *)src + moved, len - moved, woken);
+	int err = *huge    ? 0
+		  : moved ? uf_copy_run(m, dst + moved, (const char *)src + moved, len - moved, true, woken)
+			  : copy_blocks(m, first, count, src, woken);
 	*woken &= !moved;
-	if (err && !atomic_load_explicit(&m->closed, memory_order_acquire)) {
+	if (err && first != m->refilling && !atomic_load_explicit(&m->closed, memory_order_acquire)) {
 		struct uf_range run = {first, count}; // what came before the failure is counted nowhere
 		uf_forget_pages(m, &run, 1);
 	}

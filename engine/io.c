@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The I/O threads: reads of native sources that may wait for the disk.
+// The I/O threads: what may wait for a disk. Reads first, somebody may wait for them; then write-backs.
 #include "internal.h"
 
-// Blocking reads of native sources.
 void *uf_io_thread(void *arg)
 {
 	struct uf_pager *p = arg;
@@ -18,8 +17,23 @@ void *uf_io_thread(void *arg)
 			    (!best || j->demanded > best->demanded || (j->demanded == best->demanded && j->seq < best->seq)))
 				best = j;
 		}
+		// But one thread writes in any case: else a program that reads more than we can never flushes.
+		bool writes = !best || !best->demanded || (p->io_started > 1 && !p->writing);
+		struct uf_slot *slot = writes ? uf_write_next(p) : NULL;
+		if (slot) {
+			p->writing++;
+			pthread_mutex_unlock(&p->lock);
+			uf_write_native(slot, &st);
+			pthread_mutex_lock(&p->lock);
+			p->writing--;
+			continue;
+		}
 		if (!best) {
-			pthread_cond_wait(&p->io_work, &p->lock);
+			// One at a time, and not by the last thread: the page that it needs may have to be read here.
+			if (p->repairs_count && !p->repairing && p->io_started > 1)
+				uf_repair_one(p);
+			else
+				pthread_cond_wait(&p->io_work, &p->lock);
 			continue;
 		}
 		struct uf_memory *m = best->memory;

@@ -12,15 +12,20 @@ bool uf_job_available(const struct uf_pager *p, bool ahead)
 	return p->jobs_used < UF_JOBS && (!ahead || p->jobs_ahead < UF_JOBS_AHEAD);
 }
 
-// Hands the job to who reads it. Lock held.
-static void dispatch(struct uf_job *j)
+void uf_job_dispatch(struct uf_pager *p, struct uf_job *j)
 {
 	struct uf_memory *m = j->memory;
-	struct uf_pager *p = m->pager;
 	j->posted_ns = uf_now_ns();
 	j->late = false;
-	if (m->kind == UF_SOURCE_WORKER) {
-		j->state = UF_JOB_RING;
+	j->state = UF_JOB_RING;
+	if (!m) {
+		uf_ring_post(p, j, j->asked, 0, 0);
+	} else if (j->slot) {
+		uint64_t n = uf_run_bytes(m, j->first, j->count);
+		// A copy: ours stays right whatever a worker does to its own.
+		memcpy(UF_RING_SLOT(p->ring, uf_job_index(p, j)), uf_slot_bytes(p, j->slot), n);
+		uf_ring_post(p, j, UF_REQUEST_WRITE, j->first << m->shift, n);
+	} else if (uf_kind_at(m, j->first) == UF_SOURCE_WORKER) {
 		uf_ring_post(p, j, UF_REQUEST_READ, j->first << m->shift, uf_run_bytes(m, j->first, j->count));
 	} else {
 		j->state = UF_JOB_IO;
@@ -28,8 +33,8 @@ static void dispatch(struct uf_job *j)
 	}
 }
 
-struct uf_job *uf_job_post(struct uf_memory *m, uint64_t first, uint64_t count, uint8_t kind, uint64_t fault_ns,
-			   struct uf_ticket *ticket)
+static struct uf_job *post(struct uf_memory *m, uint64_t first, uint64_t count, uint8_t kind, uint64_t fault_ns,
+			   struct uf_ticket *ticket, struct uf_slot *slot)
 {
 	struct uf_pager *p = m->pager;
 	bool ahead = kind != UF_TRACE_DEMAND;
@@ -50,15 +55,28 @@ struct uf_job *uf_job_post(struct uf_memory *m, uint64_t first, uint64_t count, 
 			.seq = ++p->job_seq,
 			.fault_ns = fault_ns,
 			.ticket = ticket,
+			.slot = slot,
 		};
 		if (ticket)
 			ticket->pending++;
 		p->jobs_used++;
 		p->jobs_ahead += ahead;
-		dispatch(j);
+		p->write_jobs += slot != NULL;
+		uf_job_dispatch(p, j);
 		return j;
 	}
 	return NULL;
+}
+
+struct uf_job *uf_job_post(struct uf_memory *m, uint64_t first, uint64_t count, uint8_t kind, uint64_t fault_ns,
+			   struct uf_ticket *ticket)
+{
+	return post(m, first, count, kind, fault_ns, ticket, NULL);
+}
+
+bool uf_job_post_write(struct uf_slot *s)
+{
+	return post(s->memory, s->first, s->count, UF_TRACE_WRITE, 0, NULL, s) != NULL;
 }
 
 void uf_job_free(struct uf_job *j)
@@ -69,6 +87,8 @@ void uf_job_free(struct uf_job *j)
 		j->ticket->pending--;
 	p->jobs_used--;
 	p->jobs_ahead -= j->kind != UF_TRACE_DEMAND;
+	p->write_jobs -= j->slot != NULL;
+	j->slot = NULL;
 	j->state = UF_JOB_FREE;
 	j->memory = NULL;
 	uf_job_freed(p);
@@ -161,7 +181,7 @@ void uf_job_read(struct uf_job *j, const void *bytes, struct uf_staging *st)
 	}
 	uf_job_free(j);
 	pthread_mutex_unlock(&p->lock);
-	if (!woken)
+	if (!woken || m->delivery == UF_DELIVERY_DIRECT)
 		uf_wake(m, first, count);
 	uf_memory_put(m);
 }
@@ -174,6 +194,11 @@ void uf_job_failed(struct uf_job *j, int err, const char *message)
 	unsigned tries;
 
 	pthread_mutex_lock(&p->lock);
+	if (j->slot) {
+		uf_write_answered(j, err, message);
+		pthread_mutex_unlock(&p->lock);
+		return;
+	}
 	if (atomic_load_explicit(&m->closed, memory_order_relaxed)) {
 		uf_job_free(j);
 		pthread_mutex_unlock(&p->lock);
@@ -189,6 +214,8 @@ void uf_job_failed(struct uf_job *j, int err, const char *message)
 		if (j->ticket)
 			j->ticket->split = true;
 		uf_unclaim(m, first, count);
+		if (!j->ticket && j->kind == UF_TRACE_PREFETCH) // nobody else asks again
+			uf_background_add(m, (struct uf_background){first, count, 1, UF_NIL, UF_TRACE_PREFETCH, true});
 		uf_job_free(j);
 	} else if (tries < p->options.attempts && err != -ENODATA) {
 		m->stats.retries++;
@@ -230,7 +257,7 @@ struct uf_job *uf_job_demand(struct uf_memory *m, uint64_t block, uint64_t t_ns)
 	struct uf_pager *p = m->pager;
 	for (unsigned i = 0; i < UF_JOBS; i++) {
 		struct uf_job *j = &p->jobs[i];
-		if (j->state == UF_JOB_FREE || j->memory != m || block < j->first || block >= j->first + j->count)
+		if (j->state == UF_JOB_FREE || j->memory != m || j->slot || block < j->first || block >= j->first + j->count)
 			continue;
 		j->demanded = true;
 		if (!j->fault_ns)
@@ -286,8 +313,12 @@ void uf_job_cancel(struct uf_memory *m)
 			if (UF_CLAIM_STATE(word) == UF_ENTRY_QUEUED &&
 			    atomic_compare_exchange_strong_explicit(
 				    &e->word, &word, UF_CLAIM(UF_ENTRY_FREE, 0, UF_CLAIM_GENERATION(word)),
-				    memory_order_acq_rel, memory_order_acquire))
+				    memory_order_acq_rel, memory_order_acquire)) {
+				struct uf_slot *slot = j->slot;
 				uf_job_free(j);
+				if (slot)
+					uf_slot_done(slot, -ECANCELED, "the memory was closed");
+			}
 		} else if (j->state == UF_JOB_IO || j->state == UF_JOB_DELAYED || j->state == UF_JOB_HELD) {
 			if (j->state == UF_JOB_HELD)
 				unhold(j);
@@ -304,7 +335,7 @@ uint64_t uf_jobs_due(struct uf_pager *p, uint64_t now)
 		if (j->state != UF_JOB_DELAYED)
 			continue;
 		if (j->due_ns <= now)
-			dispatch(j);
+			uf_job_dispatch(p, j);
 		else
 			next = uf_min(next, j->due_ns);
 	}
@@ -347,7 +378,7 @@ void uf_jobs_collect(struct uf_pager *p)
 		p->workers[UF_CLAIM_WORKER(word) % UF_MAX_WORKERS].answered = true;
 		if (mine) {
 			uint64_t now = uf_now_ns(), taken = atomic_load_explicit(&e->taken_ns, memory_order_relaxed);
-			if (m && taken >= j->posted_ns && taken <= now) {
+			if (m && !j->slot && taken >= j->posted_ns && taken <= now) {
 				uf_histogram_add(&m->stats.latency[UF_STAGE_QUEUE], taken - j->posted_ns);
 				uf_histogram_add(&m->stats.latency[UF_STAGE_SOURCE], now - taken);
 			}
@@ -360,7 +391,11 @@ void uf_jobs_collect(struct uf_pager *p)
 		pthread_mutex_unlock(&p->lock);
 		if (!mine || !m)
 			continue;
-		if (state == UF_ENTRY_FAILED) {
+		if (j->slot && state == UF_ENTRY_DONE) {
+			pthread_mutex_lock(&p->lock);
+			uf_write_answered(j, 0, "");
+			pthread_mutex_unlock(&p->lock);
+		} else if (state == UF_ENTRY_FAILED) {
 			char message[UF_MESSAGE_MAX];
 			snprintf(message, sizeof(message), "%.*s", UF_MESSAGE_MAX - 1, e->message);
 			uf_job_failed(j, -EIO, message);

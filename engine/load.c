@@ -26,6 +26,7 @@ struct uf_op *uf_op_begin(struct uf_pager *p, struct uf_memory *m, enum uf_state
 		if (op->used)
 			continue;
 		op->used = true;
+		op->restores = false;
 		op->owned = owned;
 		op->n = 0;
 		if (m) {
@@ -52,12 +53,16 @@ void uf_op_end(struct uf_op *op)
 }
 
 // Takes as many blocks from `first` on as are absent (or, with `poisoned`, poisoned) without a gap.
+// All of them are to be read in one place.
 uint64_t uf_claim(struct uf_memory *m, uint64_t first, uint64_t count, bool poisoned)
 {
 	uint64_t n = 0;
+	int kind = first < m->nblocks ? uf_kind_at(m, first) : 0;
 	for (; n < count && first + n < m->nblocks; n++) {
 		uint32_t w = uf_word(m, first + n);
 		if (UF_STATE(w) != UF_ABSENT && !(poisoned && UF_STATE(w) == UF_POISONED))
+			break;
+		if (uf_kind_at(m, first + n) != kind)
 			break;
 		// The stamp stays in the word: uf_enqueue asks whether this block is a ghost.
 		bool marked = UF_STATE(w) == UF_POISONED;
@@ -68,10 +73,28 @@ uint64_t uf_claim(struct uf_memory *m, uint64_t first, uint64_t count, bool pois
 	return n;
 }
 
+// The next may come. Lock held.
+static void refilled(struct uf_memory *m)
+{
+	m->refilling = UF_NIL;
+	uf_rescan(m->pager);
+	if (!uf_is_fault_thread(m->pager))
+		uf_fault_thread_kick(m->pager);
+}
+
 void uf_unclaim(struct uf_memory *m, uint64_t first, uint64_t count)
 {
 	for (uint64_t b = first; b < first + count; b++) {
 		uint32_t w = uf_word(m, b);
+		if (b == m->refilling) { // the pages that are there are dirty as before
+			refilled(m);
+			uf_account(m, uf_block_size(m));
+			uf_word_store(m, b, UF_DIRTY);
+			uf_enqueue_main(m, b);
+			continue;
+		}
+		if (m->dirty)
+			uf_dirty_clear(m, b);
 		// A poisoned block that could not be read again is what it was.
 		m->stats.poisoned += (w & UF_WORD_MARKED) != 0;
 		uf_word_store(m, b, w & UF_WORD_MARKED ? UF_POISONED : (w & ~(15u | UF_WORD_DROPPED)) | UF_ABSENT);
@@ -80,6 +103,10 @@ void uf_unclaim(struct uf_memory *m, uint64_t first, uint64_t count)
 
 void uf_wake(struct uf_memory *m, uint64_t first, uint64_t count)
 {
+	if (m->delivery == UF_DELIVERY_DIRECT) {
+		uf_direct_wake(m, first, count);
+		return;
+	}
 	uf_range_wake(m->uffd, uf_block_address(m, first), count << m->shift);
 }
 
@@ -136,7 +163,11 @@ bool uf_loaded(struct uf_memory *m, uint64_t first, uint64_t count, bool huge, u
 		dropped |= (uf_word(m, b) & UF_WORD_DROPPED) != 0;
 		uf_enqueue(m, b);
 		uint32_t w = uf_word(m, b) & UF_WORD_MAIN;
-		uf_word_store(m, b, w | (huge ? UF_WORD_HUGE : 0) | UF_CLEAN);
+		uf_word_store(m, b, w | (huge ? UF_WORD_HUGE : 0) | (uf_is_dirty(m, b) ? UF_DIRTY : UF_CLEAN));
+		if (b == m->refilling)
+			refilled(m);
+		else if (uf_is_dirty(m, b))
+			uf_trace(m, b, 1, UF_TRACE_DIRTY);
 	}
 	return dropped;
 }
@@ -147,7 +178,7 @@ void uf_record_error(struct uf_memory *m, uint64_t block, uint64_t count, unsign
 	struct timespec t;
 	clock_gettime(CLOCK_REALTIME, &t);
 	struct uf_error_record *e = &m->stats.errlog[m->errlog_next++ % UF_ERRORS_KEPT];
-	*e = (struct uf_error_record){
+	*e = (struct uf_error_record){ // `write` is set by who writes
 		.block = block,
 		.offset = block << m->shift,
 		.length = uf_run_bytes(m, block, count),
@@ -184,10 +215,20 @@ void uf_poison(struct uf_memory *m, uint64_t block, unsigned attempts, int err, 
 		mprotect(at + off, p->page, PROT_NONE);
 	}
 	pthread_mutex_lock(&p->lock);
+	if (atomic_load_explicit(&m->closed, memory_order_relaxed)) {
+		pthread_mutex_unlock(&p->lock);
+		return;
+	}
 	m->stats.poisoned++;
 	uf_trace(m, block, 1, UF_TRACE_POISON);
 	uf_record_error(m, block, 1, attempts, err, message, true);
-	uf_word_store(m, block, UF_POISONED);
+	if (block == m->refilling) { // what other code did not drop is there, and dirty as before
+		uf_unclaim(m, block, 1);
+	} else {
+		if (m->dirty)
+			uf_dirty_clear(m, block); // the write that it was loaded for dies, too
+		uf_word_store(m, block, UF_POISONED);
+	}
 	pthread_cond_broadcast(&p->changed);
 	pthread_mutex_unlock(&p->lock);
 	uf_wake(m, block, 1);
@@ -196,10 +237,17 @@ void uf_poison(struct uf_memory *m, uint64_t block, unsigned attempts, int err, 
 static const char zeros[1 << 16];
 
 // Reads a run in the calling thread. 0 and *bytes (the run padded to whole blocks), -EAGAIN where that would block.
-static int read_inline(struct uf_memory *m, uint64_t first, uint64_t count, char *area, bool may_block, const void **bytes)
+static int read_inline(struct uf_memory *m, uint64_t first, uint64_t count, struct uf_staging *st, bool may_block, const void **bytes)
 {
+	char *area = st->area;
 	uint64_t at = first << m->shift, want = uf_run_bytes(m, first, count), len = count << m->shift;
-	switch (m->kind) {
+	switch (uf_kind_at(m, first)) {
+	case UF_SOURCE_SCRATCH: {
+		int err = uf_scratch_read(m, first, count, st->area, st->packed,
+					  !may_block && !m->inline_scratch);
+		*bytes = area;
+		return err;
+	}
 	case UF_SOURCE_ZERO:
 		if (len <= sizeof(zeros)) {
 			*bytes = zeros;
@@ -250,11 +298,11 @@ int uf_load_inline(struct uf_memory *m, uint64_t first, uint64_t count, uint8_t 
 		   struct uf_op *op, uint64_t fault_ns, bool may_block, struct uf_failure *why)
 {
 	struct uf_pager *p = m->pager;
-	if (m->kind == UF_SOURCE_FILE && !may_block && atomic_load_explicit(&m->no_nowait, memory_order_relaxed))
+	if (!may_block && uf_waits_for_disk(m, first))
 		return -EAGAIN;
 	const void *bytes = NULL;
 	uint64_t t0 = uf_now_ns();
-	int err = read_inline(m, first, count, st->area, may_block, &bytes);
+	int err = read_inline(m, first, count, st, may_block, &bytes);
 	if (err) {
 		if (err != -EAGAIN && why) {
 			why->block = first;
@@ -265,7 +313,7 @@ int uf_load_inline(struct uf_memory *m, uint64_t first, uint64_t count, uint8_t 
 		}
 		return err;
 	}
-	uint64_t t1 = m->kind == UF_SOURCE_MEMORY ? t0 : uf_now_ns();
+	uint64_t t1 = uf_kind_at(m, first) == UF_SOURCE_MEMORY ? t0 : uf_now_ns();
 	bool huge, woken;
 	err = uf_install(m, first, count, bytes, st, &huge, &woken);
 	uint64_t t2 = uf_now_ns();
@@ -291,7 +339,7 @@ int uf_load_inline(struct uf_memory *m, uint64_t first, uint64_t count, uint8_t 
 			uf_op_end(op);
 	}
 	pthread_mutex_unlock(&p->lock);
-	if (!err && !woken)
+	if (!err && (!woken || m->delivery == UF_DELIVERY_DIRECT))
 		uf_wake(m, first, count);
 	return err;
 }

@@ -74,7 +74,8 @@ static int reserve(struct uf_memory *m, bool writable)
 static int register_range(struct uf_memory *m)
 {
 	const struct uf_host *host = uf_host_probe();
-	int err = uf_uffd_open(m->pager->options.user_mode_only, host->features & UFFD_FEATURE_THREAD_ID, &m->uffd);
+	uint64_t features = host->features & (m->delivery == UF_DELIVERY_DIRECT ? UFFD_FEATURE_SIGBUS : UFFD_FEATURE_THREAD_ID);
+	int err = uf_uffd_open(m->pager->options.user_mode_only, features, &m->uffd);
 	if (err)
 		return err;
 	struct uffdio_register r = {
@@ -97,13 +98,61 @@ static int register_range(struct uf_memory *m)
 
 static int file_setup(struct uf_memory *m, int fd)
 {
-	m->fd = uf_high_fd(fcntl(fd, F_DUPFD_CLOEXEC, 16));
+	m->fd = uf_high_dup(fd);
 	if (m->fd < 0)
 		return -errno;
 	struct statfs fs;
 	// preadv2(RWF_NOWAIT) is not known to tmpfs, whose reads never wait anyway.
 	m->inline_file = !fstatfs(m->fd, &fs) &&
 			 ((unsigned long)fs.f_type == TMPFS_MAGIC_NUMBER || (unsigned long)fs.f_type == RAMFS_MAGIC_NUMBER);
+	return 0;
+}
+
+static size_t dirty_bytes(const struct uf_memory *m)
+{
+	return (m->nblocks + 63) / 64 * sizeof(*m->dirty);
+}
+
+// The tables of writable memories.
+static void free_tables(struct uf_memory *m)
+{
+	if (m->dirty)
+		munmap(m->dirty, dirty_bytes(m));
+	if (m->unsynced)
+		munmap(m->unsynced, dirty_bytes(m));
+	if (m->spilled)
+		munmap(m->spilled, m->nblocks * sizeof(*m->spilled));
+	uf_scratch_close(m);
+	free(m->pins);
+}
+
+// Zero pages that nobody touched cost nothing: tables of a 6 TB array are mostly address space.
+static void *table(size_t bytes)
+{
+	void *t = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	return t == MAP_FAILED ? NULL : t;
+}
+
+static int make_writable(struct uf_memory *m, const struct uf_memory_options *o)
+{
+	m->store = o->store;
+	m->unit_shift = o->write_unit ? (unsigned)__builtin_ctzll(o->write_unit) : m->shift;
+	m->dirty = table(dirty_bytes(m));
+	m->spilled = table(m->nblocks * sizeof(*m->spilled));
+	bool file = o->store == UF_STORE_SOURCE && o->source == UF_SOURCE_FILE;
+	m->unsynced = file ? table(dirty_bytes(m)) : NULL;
+	m->unsynced_first = UINT64_MAX;
+	if (!m->dirty || !m->spilled || (file && !m->unsynced))
+		return -ENOMEM;
+	if (o->store == UF_STORE_SOURCE)
+		return 0;
+	// Now, so that a missing folder is an error of this call, and not of an eviction.
+	int err = uf_scratch_create(m->pager, &m->scratch[0].fd);
+	if (err)
+		return err;
+	m->scratch_now = 0;
+	struct statfs fs;
+	m->inline_scratch = !fstatfs(m->scratch[0].fd, &fs) && (unsigned long)fs.f_type == TMPFS_MAGIC_NUMBER;
 	return 0;
 }
 
@@ -121,6 +170,7 @@ void uf_memory_free(struct uf_memory *m)
 		munmap(m->trace, m->trace_capacity * sizeof(*m->trace));
 	munmap(m->state, m->nblocks * sizeof(*m->state));
 	munmap(m->links, m->nblocks * sizeof(*m->links));
+	free_tables(m);
 	p->memories[m->id] = NULL;
 	free(m);
 }
@@ -130,6 +180,14 @@ int uf_memory_create(struct uf_pager *p, const struct uf_memory_options *o, stru
 	const struct uf_host *host = uf_host_probe();
 	if (!o->nbytes || !o->block || (o->block & (o->block - 1)) || o->block < p->page || o->block > UF_EXTENT)
 		return -EINVAL;
+	bool worker = o->source == UF_SOURCE_WORKER;
+	if (o->write_unit && ((o->write_unit & (o->write_unit - 1)) || o->write_unit < o->block || o->write_unit > UF_EXTENT))
+		return -EINVAL;
+	if ((o->store == UF_STORE_SOURCE && !worker && o->source != UF_SOURCE_FILE) || (o->store == UF_STORE_STAGED && !worker))
+		return -EINVAL;
+	bool direct = o->delivery == UF_DELIVERY_DIRECT;
+	if ((o->store && !host->wp) || (direct && !(host->features & UFFD_FEATURE_SIGBUS)))
+		return -EOPNOTSUPP;
 	unsigned shift = (unsigned)__builtin_ctzll(o->block);
 	if (o->nbytes > 1ULL << 46 || (o->nbytes >> shift) >= UINT32_MAX)
 		return -EFBIG;
@@ -150,7 +208,11 @@ int uf_memory_create(struct uf_pager *p, const struct uf_memory_options *o, stru
 	m->address = o->address;
 	m->offset = o->offset;
 	m->source_id = o->source_id;
-	m->fd = m->uffd = -1;
+	m->fd = m->uffd = m->scratch_now = -1;
+	m->refilling = UF_NIL;
+	m->delivery = o->delivery;
+	for (unsigned i = 0; i < UF_SCRATCHES; i++)
+		m->scratch[i].fd = -1;
 	m->advice = o->no_readahead ? UF_RANDOM : UF_NORMAL;
 	m->reserved = o->reserved;
 	for (unsigned i = 0; i < UF_STREAMS; i++)
@@ -160,24 +222,22 @@ int uf_memory_create(struct uf_pager *p, const struct uf_memory_options *o, stru
 	uf_pool_init(&m->own, o->budget);
 	m->pool = o->budget ? &m->own : &p->shared;
 
-	// Zero pages that nobody touched cost nothing: tables of a 6 TB array are mostly address space.
 	int err = -ENOMEM;
-	void *state = mmap(NULL, m->nblocks * sizeof(*m->state), PROT_READ | PROT_WRITE,
-			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	void *links = mmap(NULL, m->nblocks * sizeof(*m->links), PROT_READ | PROT_WRITE,
-			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	m->state = state;
-	m->links = links;
-	if (state == MAP_FAILED || links == MAP_FAILED)
+	m->state = table(m->nblocks * sizeof(*m->state));
+	m->links = table(m->nblocks * sizeof(*m->links));
+	if (!m->state || !m->links)
+		goto fail_tables;
+	if (o->store && (err = make_writable(m, o)))
 		goto fail_tables;
 
 	if (o->source == UF_SOURCE_FILE && (err = file_setup(m, o->fd)))
 		goto fail_tables;
 
-	m->extents = host->move && host->wp && host->thp && !p->options.no_extents;
-	m->wp = m->extents;
+	// Not for writable memory: between the MOVE of an extent and its protection a write would go unnoticed.
+	m->extents = !m->store && host->move && host->wp && host->thp && !p->options.no_extents && !p->options.no_move;
+	m->wp = m->extents || m->store;
 	err = reserve(m, m->wp);
-	if (err == -ENOMEM && m->wp) { // strict overcommit charges writable mappings
+	if (err == -ENOMEM && m->wp && !m->store) { // strict overcommit charges writable mappings
 		m->extents = m->wp = false;
 		err = reserve(m, false);
 	}
@@ -189,8 +249,10 @@ int uf_memory_create(struct uf_pager *p, const struct uf_memory_options *o, stru
 
 	pthread_mutex_lock(&p->lock);
 	err = uf_pager_start(p);
-	if (!err && o->source == UF_SOURCE_FILE)
+	if (!err && (o->source == UF_SOURCE_FILE || m->store))
 		err = uf_io_start(p);
+	if (!err && m->store)
+		err = uf_stash_init(p);
 	if (!err && o->source == UF_SOURCE_WORKER && (o->source_id >= UF_RING_SOURCES || !p->sources[o->source_id].used))
 		err = -EINVAL;
 	if (!err && o->source == UF_SOURCE_WORKER)
@@ -199,6 +261,8 @@ int uf_memory_create(struct uf_pager *p, const struct uf_memory_options *o, stru
 		err = add_to_table(p, m);
 	if (!err) {
 		err = uf_memory_listen(m);
+		if (!err && direct)
+			err = uf_direct_add(m);
 		if (err)
 			p->memories[m->id] = NULL;
 	}
@@ -207,6 +271,8 @@ int uf_memory_create(struct uf_pager *p, const struct uf_memory_options *o, stru
 		p->memories_open++;
 		if (o->source == UF_SOURCE_WORKER)
 			p->sources[o->source_id].memories++;
+		if (worker && (m->store == UF_STORE_SOURCE || m->store == UF_STORE_STAGED))
+			p->sources[o->source_id].exclusive = true;
 		m->pool->least = uf_max(m->pool->least, o->block * UF_LEAST_BLOCKS);
 		p->least = uf_max(p->least, o->block * UF_LEAST_BLOCKS);
 		if (m->pool == &m->own)
@@ -231,10 +297,11 @@ fail_map:
 fail_tables:
 	if (m->fd >= 0)
 		close(m->fd);
-	if (state != MAP_FAILED)
-		munmap(state, m->nblocks * sizeof(*m->state));
-	if (links != MAP_FAILED)
-		munmap(links, m->nblocks * sizeof(*m->links));
+	if (m->state)
+		munmap(m->state, m->nblocks * sizeof(*m->state));
+	if (m->links)
+		munmap(m->links, m->nblocks * sizeof(*m->links));
+	free_tables(m);
 	free(m);
 	return err;
 }
@@ -253,6 +320,9 @@ void uf_memory_close(struct uf_memory *m)
 	m->nbackground = 0;
 	uf_pool_leave(m);
 	uf_job_cancel(m);
+	uf_slots_leave(m);
+	uf_rescan(p); // faults of other memories may have waited for this room
+	uf_fault_thread_kick(p);
 	epoll_ctl(p->epfd, EPOLL_CTL_DEL, m->uffd, NULL);
 	if (m->pool == &p->shared)
 		p->shared.reserved -= m->reserved;
@@ -273,11 +343,21 @@ void uf_memory_close(struct uf_memory *m)
 	uf_memory_put(m);
 }
 
+void uf_memory_close_under(struct uf_memory *m, uint64_t buffers)
+{
+	if (!atomic_load_explicit(&m->closed, memory_order_relaxed)) // first: who waits in a fault dies of the close
+		uf_log("%s: closed by force while %llu buffer%s of it %s in use: access there raises SIGSEGV.", m->name,
+		       (unsigned long long)buffers, buffers == 1 ? "" : "s", buffers == 1 ? "is" : "are");
+	uf_memory_close(m);
+}
+
 void uf_memory_destroy(struct uf_memory *m)
 {
 	struct uf_pager *p = m->pager;
 	uf_memory_close(m);
 	pthread_mutex_lock(&p->lock);
+	if (m->delivery == UF_DELIVERY_DIRECT)
+		uf_direct_remove(m);
 	// The source's memory may go when we return: fills that read it end at once, since COPY is refused now.
 	while (m->kind == UF_SOURCE_MEMORY && atomic_load_explicit(&m->refs, memory_order_acquire) > 1)
 		uf_wait_changed(p, 1);
@@ -364,11 +444,4 @@ uint32_t uf_memory_trace_read(struct uf_memory *m, struct uf_trace_record *ret, 
 	}
 	pthread_mutex_unlock(&m->pager->lock);
 	return n;
-}
-
-uint64_t uf_memory_evict(struct uf_memory *m, uint64_t first, uint64_t count)
-{
-	if (first >= m->nblocks)
-		return 0;
-	return uf_evict_blocks(m, first, uf_min(count, m->nblocks - first));
 }

@@ -4,6 +4,7 @@
 // Threads run while somebody holds the pager (an open memory or a source) and for `linger_ns` after that. The supervisor
 // (supervisor.c) ends them: it stops the others, joins them, and is itself joined by the next start or shutdown.
 #include <fcntl.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -14,7 +15,11 @@
 #include "internal.h"
 
 struct uf_pager *uf_pagers;
+#ifdef __GLIBC__
+pthread_mutex_t uf_registry_lock = PTHREAD_ADAPTIVE_MUTEX_INITIALIZER_NP;
+#else
 pthread_mutex_t uf_registry_lock = PTHREAD_MUTEX_INITIALIZER;
+#endif
 
 // epoll's user data: a memory's id, or one of these.
 enum { EVENT_BELL = UINT32_MAX };
@@ -56,16 +61,23 @@ int uf_pager_create(const struct uf_pager_options *o, struct uf_pager **ret)
 	p->options.deadline_ns = uf_min(o->deadline_ns, UF_LONGEST_NS);
 	p->options.backoff_ns = uf_min(o->backoff_ns, 1ULL << 40);
 	p->page = (size_t)sysconf(_SC_PAGESIZE);
+	atomic_init(&p->cpu, -1);
 	p->limit = o->limit;
 	uf_pool_init(&p->shared, 0);
-	p->epfd = p->bell = p->super_bell = p->pagemap_fd = p->ring_fd = p->blob_fd = -1;
+	p->generation_end = -1;
+	for (unsigned g = 0; g < UF_GENERATIONS; g++)
+		p->generations[g] = -1;
+	p->epfd = p->bell = p->super_bell = p->pagemap_fd = p->mem_fd = p->stash_uffd = p->ring_fd = p->blob_fd = -1;
 	for (unsigned i = 0; i < UF_MAX_WORKERS; i++)
 		p->workers[i].pidfd = -1;
 	if (o->worker_argv && !(p->worker_argv = copy_strings(o->worker_argv)))
 		goto fail;
 	if (o->worker_env && !(p->worker_env = copy_strings(o->worker_env)))
 		goto fail;
-	pthread_mutex_init(&p->lock, NULL);
+	p->scratch_dir = strdup(o->scratch_dir ? o->scratch_dir : "/var/tmp");
+	if (!p->scratch_dir)
+		goto fail;
+	uf_mutex_init(&p->lock);
 	pthread_condattr_t attr;
 	pthread_condattr_init(&attr);
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
@@ -110,8 +122,10 @@ int uf_pager_destroy(struct uf_pager *p)
 	pthread_cond_destroy(&p->changed);
 	pthread_cond_destroy(&p->io_work);
 	pthread_mutex_destroy(&p->lock);
+	uf_generations_close(p);
 	free_strings(p->worker_argv);
 	free_strings(p->worker_env);
+	free(p->scratch_dir);
 	free(p->memories);
 	free(p);
 	return 0;
@@ -121,9 +135,11 @@ int uf_pager_open_fds(struct uf_pager *p)
 {
 	p->epfd = uf_high_fd(epoll_create1(EPOLL_CLOEXEC));
 	p->bell = uf_high_fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+	atomic_store_explicit(&p->kicked, false, memory_order_relaxed); // not the new one
 	p->super_bell = uf_high_fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-	// Refers to the address space of who opens it: a forked child opens its own.
+	// These refer to the address space of who opens them: a forked child opens its own.
 	p->pagemap_fd = uf_high_fd(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+	p->mem_fd = uf_high_fd(open("/proc/self/mem", O_RDONLY | O_CLOEXEC));
 	struct epoll_event e = {.events = EPOLLIN, .data.u64 = EVENT_BELL};
 	if (p->epfd >= 0 && p->bell >= 0 && p->super_bell >= 0 && !epoll_ctl(p->epfd, EPOLL_CTL_ADD, p->bell, &e))
 		return 0;
@@ -134,7 +150,7 @@ int uf_pager_open_fds(struct uf_pager *p)
 
 void uf_pager_close_fds(struct uf_pager *p)
 {
-	int *fds[] = {&p->epfd, &p->bell, &p->super_bell, &p->pagemap_fd};
+	int *fds[] = {&p->epfd, &p->bell, &p->super_bell, &p->pagemap_fd, &p->mem_fd};
 	for (unsigned i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
 		if (*fds[i] >= 0)
 			close(*fds[i]);
@@ -246,7 +262,8 @@ void uf_wait_changed(struct uf_pager *p, long milliseconds)
 
 void uf_fault_thread_kick(struct uf_pager *p)
 {
-	if (p->bell >= 0)
+	// Once: while the fault thread does not get to run, each fault of a busy direct memory would ring again.
+	if (p->bell >= 0 && !atomic_exchange_explicit(&p->kicked, true, memory_order_acq_rel))
 		uf_bell_ring(p->bell);
 }
 
@@ -268,6 +285,8 @@ void uf_pager_set_limit(struct uf_pager *p, uint64_t limit)
 		uf_room(m, 0); // evicts what is over the new limit
 		uf_memory_put_locked(m);
 	}
+	uf_rescan(p); // faults may have waited for room
+	uf_fault_thread_kick(p);
 	pthread_mutex_unlock(&p->lock);
 }
 
@@ -325,18 +344,67 @@ int uf_memory_listen(struct uf_memory *m)
 	return epoll_ctl(m->pager->epfd, EPOLL_CTL_ADD, m->uffd, &e) ? -errno : 0;
 }
 
+// Puts the fault thread where the user wants it. On itself.
+static void place(struct uf_pager *p)
+{
+	int cpu = atomic_load_explicit(&p->cpu, memory_order_relaxed);
+	cpu_set_t set;
+	CPU_ZERO(&set);
+	if (cpu >= 0 && cpu < CPU_SETSIZE) {
+		CPU_SET(cpu, &set);
+		sched_setaffinity(0, sizeof(set), &set); // one that went away since: anywhere
+	}
+}
+
+int uf_pager_tune(struct uf_pager *p, int cpu, uint64_t spin_ns)
+{
+	cpu_set_t caller, wanted;
+	if (cpu >= CPU_SETSIZE)
+		return -EINVAL;
+	if (sched_getaffinity(0, sizeof(caller), &caller))
+		return -errno;
+	wanted = caller;
+	if (cpu >= 0) {
+		// Where the caller may not run the kernel may still let a thread of its go: it says so, if it is tried.
+		CPU_ZERO(&wanted);
+		CPU_SET(cpu, &wanted);
+		if (sched_setaffinity(0, sizeof(wanted), &wanted))
+			return -errno;
+		sched_setaffinity(0, sizeof(caller), &caller);
+	}
+	int err = 0;
+	pthread_mutex_lock(&p->lock);
+	if (p->phase == UF_RUNNING)
+		err = -pthread_setaffinity_np(p->fault_thread, sizeof(wanted), &wanted);
+	if (!err) {
+		atomic_store_explicit(&p->cpu, cpu < 0 ? -1 : cpu, memory_order_relaxed);
+		atomic_store_explicit(&p->spin_ns, uf_min(spin_ns, 1000000), memory_order_relaxed);
+	}
+	pthread_mutex_unlock(&p->lock);
+	return err;
+}
+
 void *uf_fault_thread(void *arg)
 {
 	struct uf_pager *p = arg;
 	uf_thread_name("uf-fault-0");
+	place(p);
 	bool work = false;
+	uint64_t spin_until = 0;
 	for (;;) {
 		struct epoll_event events[64];
-		int n = epoll_wait(p->epfd, events, 64, work ? 0 : -1);
+		if (spin_until && uf_now_ns() >= spin_until)
+			spin_until = 0;
+		int n = epoll_wait(p->epfd, events, 64, work || spin_until ? 0 : -1);
+		uint64_t spin = atomic_load_explicit(&p->spin_ns, memory_order_relaxed);
+		if (n > 0 && spin)
+			spin_until = uf_now_ns() + spin;
 		bool bell = false;
 		for (int i = 0; i < n; i++) {
 			if (events[i].data.u64 == EVENT_BELL) {
 				uf_bell_drain(p->bell);
+				// Acquire-release, before we look: who finds it set knows that we look after him.
+				atomic_exchange_explicit(&p->kicked, false, memory_order_acq_rel);
 				bell = true;
 				continue;
 			}
@@ -361,6 +429,7 @@ void *uf_fault_thread(void *arg)
 		pthread_mutex_lock(&p->lock);
 		atomic_store_explicit(&p->attention, false, memory_order_relaxed);
 		bool pending = p->pending_count, rescan = p->rescan, low = p->low;
+		uf_writes_post(p); // a job may be free for what is queued
 		pthread_mutex_unlock(&p->lock);
 		if (pending)
 			uf_pending_retry(p);
@@ -370,6 +439,10 @@ void *uf_fault_thread(void *arg)
 			uf_evict_low(p);
 		else if (low)
 			atomic_store_explicit(&p->attention, true, memory_order_relaxed);
+		// This thread itself may have made room, or freed a job, and nobody rings for that.
+		pthread_mutex_lock(&p->lock);
+		work |= p->rescan;
+		pthread_mutex_unlock(&p->lock);
 	}
 	return NULL;
 }

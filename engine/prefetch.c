@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Explicit prefetch. With `wait` the calling thread does the work of native sources itself and keeps the jobs of the
 // others going, so that it costs no hand-over and a failure has somebody to go to.
+#include <stdio.h>
+#include <string.h>
 #include <sys/mman.h>
 
 #include "internal.h"
@@ -16,14 +18,27 @@ static int pass(struct uf_memory *m, uint64_t first, uint64_t end, bool single, 
 {
 	struct uf_pager *p = m->pager;
 	uint64_t per = UF_EXTENT >> m->shift;
-	bool async = m->kind == UF_SOURCE_WORKER;
 	for (uint64_t at = first; at < end && !closed(m) && !ticket->failure.err && !ticket->split;) {
 		enum uf_state s = UF_STATE(uf_word(m, at));
+		if (s == UF_WRITING) { // on its way out: back with it
+			pthread_mutex_unlock(&p->lock);
+			uf_restore(m, at, false);
+			pthread_mutex_lock(&p->lock);
+			continue;
+		}
 		if (s != UF_ABSENT && s != UF_POISONED) {
-			*busy |= s != UF_CLEAN;
+			*busy |= s == UF_LOADING || s == UF_EVICTING;
 			at++;
 			continue;
 		}
+		uint64_t run = single ? 1 : uf_min(end - at, per - at % per);
+		if (!uf_room_now(m, run << m->shift, true)) { // what is being written makes some
+			uf_wait_changed(p, 20);
+			continue;
+		}
+		if (closed(m) || UF_STATE(uf_word(m, at)) != s)
+			continue; // the lock was dropped
+		bool async = uf_kind_at(m, at) == UF_SOURCE_WORKER;
 		if (async && !uf_job_available(p, true)) {
 			uf_wait_changed(p, 100);
 			continue;
@@ -33,7 +48,6 @@ static int pass(struct uf_memory *m, uint64_t first, uint64_t end, bool single, 
 			uf_wait_changed(p, 1);
 			continue;
 		}
-		uint64_t run = single ? 1 : uf_min(end - at, per - at % per);
 		op->part[0].first = at;
 		op->part[0].count = run;
 		uint64_t n = uf_claim(m, at, run, true);
@@ -84,7 +98,7 @@ static int pass(struct uf_memory *m, uint64_t first, uint64_t end, bool single, 
 int uf_memory_prefetch(struct uf_memory *m, uint64_t first, uint64_t count, bool wait, struct uf_failure *why)
 {
 	struct uf_pager *p = m->pager;
-	why->err = 0;
+	*why = (struct uf_failure){.block = first};
 	if (first >= m->nblocks)
 		return 0;
 	uint64_t end = first + uf_min(count, m->nblocks - first);
@@ -95,7 +109,7 @@ int uf_memory_prefetch(struct uf_memory *m, uint64_t first, uint64_t count, bool
 		return -EBADF;
 	}
 	if (!wait) {
-		uf_background_add(m, (struct uf_background){first, end - first, 1, UF_NIL, UF_TRACE_PREFETCH});
+		uf_background_add(m, (struct uf_background){first, end - first, 1, UF_NIL, UF_TRACE_PREFETCH, false});
 		uf_fault_thread_kick(p);
 		pthread_mutex_unlock(&p->lock);
 		return 0;
@@ -105,8 +119,12 @@ int uf_memory_prefetch(struct uf_memory *m, uint64_t first, uint64_t count, bool
 
 	struct uf_staging st = {0};
 	int err = 0;
-	if (m->kind != UF_SOURCE_WORKER)
+	if (m->kind != UF_SOURCE_WORKER || m->store)
 		err = uf_staging_init(&st);
+	if (err) {
+		why->err = err;
+		snprintf(why->message, sizeof(why->message), "no memory to read into: %s", strerrordesc_np(-err));
+	}
 	pthread_mutex_lock(&p->lock);
 	while (p->fillers >= UF_FILLERS && !closed(m))
 		uf_wait_changed(p, 100);

@@ -24,7 +24,7 @@ void uf_background_add(struct uf_memory *m, struct uf_background what)
 	// A scan's next window continues its last one: join them, so that there is one entry per stream.
 	for (unsigned i = 0; i < m->nbackground; i++) {
 		struct uf_background *b = &m->background[i];
-		if (b->step == 1 && what.step == 1 && b->kind == what.kind && b->first + b->count == what.first) {
+		if (b->step == 1 && what.step == 1 && b->kind == what.kind && b->single == what.single && b->first + b->count == what.first) {
 			b->count += what.count;
 			if (what.trigger != UF_NIL)
 				b->trigger = what.trigger;
@@ -48,7 +48,7 @@ static void extend(struct uf_memory *m, struct uf_stream *s, uint64_t block)
 	uint64_t end = uf_min(block + s->window, m->nblocks);
 	if (end <= s->next)
 		return;
-	struct uf_background b = {s->next, end - s->next, 1, UF_NIL, UF_TRACE_READAHEAD};
+	struct uf_background b = {s->next, end - s->next, 1, UF_NIL, UF_TRACE_READAHEAD, false};
 	if (m->kind == UF_SOURCE_WORKER && s->window >= 8 && end < m->nblocks)
 		b.trigger = s->next + (end - s->next) / 2;
 	s->next = end;
@@ -117,7 +117,7 @@ uint64_t uf_readahead_plan(struct uf_memory *m, uint64_t block)
 						      : block / (uint64_t)-s->stride;
 			uint64_t n = uf_min(s->window, room);
 			uf_background_add(m, (struct uf_background){block + (uint64_t)s->stride, n, s->stride, UF_NIL,
-								    UF_TRACE_READAHEAD});
+								    UF_TRACE_READAHEAD, false});
 			s->expect = block + (uint64_t)s->stride * (n + 1);
 			return 1;
 		}

@@ -81,8 +81,8 @@ void uf_ring_post(struct uf_pager *p, struct uf_job *j, enum uf_request_kind kin
 {
 	struct uf_ring_entry *e = &p->ring->entry[uf_job_index(p, j)];
 	struct uf_source_entry *s = &p->sources[j->source];
-	unsigned target = s->affinity || kind == UF_REQUEST_LOAD ? s->target : UF_ANY_WORKER;
-	if (kind == UF_REQUEST_READ && s->affinity && p->workers[s->target].pid && p->workers[s->target].killed_ns)
+	unsigned target = s->affinity || s->exclusive || kind != UF_REQUEST_READ ? s->target : UF_ANY_WORKER;
+	if (kind == UF_REQUEST_READ && s->affinity && !s->exclusive && p->workers[s->target].pid && p->workers[s->target].killed_ns)
 		target = UF_ANY_WORKER; // it was killed and may take its time to die
 	j->target = target;
 	e->kind = kind;
@@ -94,7 +94,9 @@ void uf_ring_post(struct uf_pager *p, struct uf_job *j, enum uf_request_kind kin
 	e->reply_length = 0;
 	e->message[0] = 0;
 	atomic_store_explicit(&e->taken_ns, 0, memory_order_relaxed);
-	uint32_t priority = j->demanded || kind == UF_REQUEST_LOAD ? 0 : j->ticket ? 1 : 2;
+	// Somebody waits for a flush, and perhaps for the room that a write-back makes.
+	bool urgent = j->demanded || !j->memory || (j->slot && (j->slot->flush || p->pending_count));
+	uint32_t priority = urgent ? 0 : j->ticket || j->slot ? 1 : 2;
 	atomic_store_explicit(&e->priority, priority, memory_order_relaxed);
 	uint32_t generation = UF_CLAIM_GENERATION(atomic_load_explicit(&e->word, memory_order_relaxed)) + 1;
 	// Release: pairs with the worker's claim, which must see the fields above.
@@ -224,8 +226,9 @@ int uf_source_drop(struct uf_pager *p, uint32_t id)
 	return err;
 }
 
-int uf_source_load(struct uf_pager *p, uint32_t id, uint64_t timeout_ns, void **reply, size_t *len, bool *failed,
-		   struct uf_failure *why)
+// Has the source's worker do something that is no read or write of a block, and waits for its answer.
+static int ask(struct uf_pager *p, uint32_t id, enum uf_request_kind kind, uint64_t timeout_ns, void **reply, size_t *len,
+	       bool *failed, struct uf_failure *why)
 {
 	uint64_t deadline = uf_now_ns() + uf_min(timeout_ns, UF_LONGEST_NS);
 	why->err = 0;
@@ -247,13 +250,14 @@ int uf_source_load(struct uf_pager *p, uint32_t id, uint64_t timeout_ns, void **
 		.state = UF_JOB_RING,
 		.kind = UF_TRACE_DEMAND,
 		.source = id,
+		.asked = kind,
 		.seq = ++p->job_seq,
 		.posted_ns = uf_now_ns(),
 	};
 	p->jobs_used++;
 	struct uf_failure *broken = &p->workers[p->sources[id].target].failure;
 	broken->err = 0; // what failed before may be mended
-	uf_ring_post(p, j, UF_REQUEST_LOAD, 0, 0);
+	uf_ring_post(p, j, kind, 0, 0);
 	while (j->state != UF_JOB_RUNNING) {
 		if (broken->err) {
 			*why = *broken;
@@ -302,5 +306,24 @@ int uf_source_load(struct uf_pager *p, uint32_t id, uint64_t timeout_ns, void **
 	uf_job_freed(p);
 out:
 	pthread_mutex_unlock(&p->lock);
+	return err;
+}
+
+int uf_source_load(struct uf_pager *p, uint32_t id, uint64_t timeout_ns, void **reply, size_t *len, bool *failed,
+		   struct uf_failure *why)
+{
+	return ask(p, id, UF_REQUEST_LOAD, timeout_ns, reply, len, failed, why);
+}
+
+int uf_source_flush(struct uf_pager *p, uint32_t id, struct uf_failure *why)
+{
+	void *reply = NULL;
+	size_t len;
+	bool failed = false;
+	// A commit of all that was written may take longer than a read.
+	int err = ask(p, id, UF_REQUEST_FLUSH, 10 * p->options.deadline_ns, &reply, &len, &failed, why);
+	free(reply);
+	if (!err && failed)
+		err = why->err = -EIO;
 	return err;
 }

@@ -119,7 +119,7 @@ static void reissue(struct uf_pager *p, unsigned worker, const char *why)
 		p->requests_reissued++;
 		struct uf_memory *m = j->memory;
 		bool too_often = ++j->lost >= LOST_MOST;
-		if (!m && (j->abandoned || j->lost >= 2)) {
+		if (!m && (j->abandoned || j->lost >= 2 || j->asked == UF_REQUEST_FLUSH)) {
 			if (j->abandoned) {
 				j->state = UF_JOB_FREE;
 				p->jobs_used--;
@@ -127,13 +127,17 @@ static void reissue(struct uf_pager *p, unsigned worker, const char *why)
 			} else {
 				j->state = UF_JOB_RUNNING;
 				j->result = -ECHILD;
-				snprintf(j->message, sizeof(j->message), "the worker that loaded it %.300s", why);
+				snprintf(j->message, sizeof(j->message), "the worker that %s it %.300s",
+					 j->asked == UF_REQUEST_FLUSH ? "flushed" : "loaded", why);
 			}
 			pthread_cond_broadcast(&p->changed);
 		} else if (!m) {
-			uf_ring_post(p, j, UF_REQUEST_LOAD, 0, 0);
+			uf_job_dispatch(p, j);
 		} else if (atomic_load_explicit(&m->closed, memory_order_relaxed)) {
+			struct uf_slot *slot = j->slot;
 			uf_job_free(j);
+			if (slot)
+				uf_slot_done(slot, -ECANCELED, "the memory was closed");
 		} else if (j->late) {
 			// A try that failed, like any other; the worker's other reads were in bad company.
 			j->late = false;
@@ -150,7 +154,7 @@ static void reissue(struct uf_pager *p, unsigned worker, const char *why)
 			uf_job_failed(j, -ECHILD, message);
 			pthread_mutex_lock(&p->lock);
 		} else {
-			uf_ring_post(p, j, UF_REQUEST_READ, j->first << m->shift, uf_run_bytes(m, j->first, j->count));
+			uf_job_dispatch(p, j);
 		}
 	}
 }
@@ -322,7 +326,17 @@ static void tear_down(struct uf_pager *p)
 			p->jobs_used--;
 		}
 	}
-	p->pending_count = 0;
+	for (unsigned i = 0; i < UF_SLOTS; i++) {
+		struct uf_slot *s = &p->slots[i];
+		// A flush or an eviction of a memory that was closed meanwhile still holds it.
+		while (s->state == UF_SLOT_FILLING || s->state == UF_SLOT_ENDING || (s->state != UF_SLOT_FREE && s->restoring))
+			uf_wait_changed(p, 1);
+		if (s->state != UF_SLOT_FREE)
+			uf_slot_free(s);
+	}
+	p->pending_count = p->repairs_count = 0;
+	uf_stash_deinit(p);
+	uf_direct_deinit(p);
 	uf_ring_destroy(p);
 	uf_staging_deinit(&p->fault_staging);
 	uf_pager_close_fds(p);
@@ -360,6 +374,7 @@ void *uf_super_thread(void *arg)
 			next = uf_min(next, mind_deadlines(p, now));
 		}
 		next = uf_min(next, uf_jobs_due(p, now));
+		next = uf_min(next, uf_writes_due(p, now));
 
 		struct pollfd fds[1 + UF_MAX_WORKERS] = {{p->super_bell, POLLIN, 0}};
 		nfds_t n = 1;

@@ -8,6 +8,9 @@
 // The engine knows nothing of Python and never calls back into its user: a thread that waits in a page fault may hold
 // any lock of the embedding program (Python's GIL for one), so nothing that resolves faults may need one.
 //
+// A handler of an asynchronous signal (SIGALRM, SIGPROF), written in C, must not touch the memories: the thread that it interrupts
+// may be inside the engine, and then would wait for itself. (Python's handlers run between bytecodes.)
+//
 // Unless a comment says otherwise a function may be called from any thread, takes the pager's lock for a short time
 // only, and must not be called from a signal handler. Functions return 0 or a negative errno.
 #ifndef UF_H
@@ -44,16 +47,26 @@ enum uf_state {
 	UF_EVICTING = 5,
 	UF_WRITING = 6,
 	UF_POISONED = 7,
-	UF_REINSTALLED = 8,
+	UF_REINSTALLED = 8, // resident, dirty, and an older write-back is under way
+	UF_RESTORED = 9,    // resident, write-protected, and its write-back is under way
 };
 
 enum uf_source_kind { UF_SOURCE_ZERO, UF_SOURCE_MEMORY, UF_SOURCE_FILE, UF_SOURCE_WORKER };
 
+// Where dirty blocks go. SOURCE: where they came from (FILE: its descriptor is writable; WORKER: the source's write). SCRATCH:
+// changes stay private, and leave memory for a scratch file, compressed. STAGED (WORKER only): to scratch, and a flush
+// writes all that changed to the source and commits.
+enum uf_store_kind { UF_STORE_NONE, UF_STORE_SOURCE, UF_STORE_SCRATCH, UF_STORE_STAGED };
+
+// Who resolves a fault: the fault thread, or the faulting thread itself inside a handler of SIGBUS (UFFD_FEATURE_SIGBUS).
+enum uf_delivery { UF_DELIVERY_THREAD, UF_DELIVERY_DIRECT };
+
 enum uf_advice { UF_NORMAL, UF_RANDOM, UF_SEQUENTIAL };
 
-enum uf_trace_kind { UF_TRACE_DEMAND = 1, UF_TRACE_READAHEAD, UF_TRACE_PREFETCH, UF_TRACE_EVICT, UF_TRACE_POISON };
+enum uf_trace_kind { UF_TRACE_DEMAND = 1, UF_TRACE_READAHEAD, UF_TRACE_PREFETCH, UF_TRACE_EVICT, UF_TRACE_POISON,
+		     UF_TRACE_WRITE, UF_TRACE_DIRTY };
 
-enum uf_stage { UF_STAGE_QUEUE, UF_STAGE_SOURCE, UF_STAGE_INSTALL, UF_STAGE_FAULT, UF_STAGES };
+enum uf_stage { UF_STAGE_QUEUE, UF_STAGE_SOURCE, UF_STAGE_INSTALL, UF_STAGE_FAULT, UF_STAGE_WRITE, UF_STAGES };
 
 // What this kernel and user can do, found by trying. `open_via`: 0 no userfaultfd at all, 1 /dev/userfaultfd, 2 the
 // system call, 3 the system call with UFFD_USER_MODE_ONLY (system calls on missing pages get EFAULT).
@@ -79,6 +92,8 @@ struct uf_pager_options {
 	uint64_t backoff_ns;         // pause before the second try; doubles
 	bool user_mode_only;         // do not ask for more than UFFD_USER_MODE_ONLY (for tests)
 	bool no_extents;             // never use 2 MiB extents (for tests and comparison)
+	bool no_move;                // never use UFFDIO_MOVE (for tests: what Linux before 6.8 does)
+	const char *scratch_dir;     // where scratch files are made, without a name; NULL: /var/tmp
 };
 
 struct uf_memory_options {
@@ -93,6 +108,9 @@ struct uf_memory_options {
 	uint64_t budget;      // bytes of a budget of its own, 0: shares the pager's
 	uint64_t reserved;    // bytes that the source keeps elsewhere for this memory (decoded chunks); taken off the budget
 	bool no_readahead;
+	enum uf_store_kind store;
+	uint64_t write_unit;  // power of two from block to UF_EXTENT, 0 = block: dirty blocks of one unit are written together
+	enum uf_delivery delivery;
 };
 
 struct uf_error_record {
@@ -100,6 +118,7 @@ struct uf_error_record {
 	uint32_t attempts;
 	int err;
 	bool poisoned;
+	bool write; // it could not be written back, and stays dirty
 	char message[UF_MESSAGE_MAX];
 };
 
@@ -116,6 +135,13 @@ struct uf_stats {
 	uint64_t evictions;        // blocks
 	uint64_t retries, errors, poisoned;
 	uint64_t resident, resident_peak, budget;
+	uint64_t upgrades;         // first writes to clean blocks
+	uint64_t dirty;            // bytes that are not yet where they belong
+	uint64_t writebacks;       // blocks written back
+	uint64_t bytes_written;    // to the source or to scratch, before compression
+	uint64_t bytes_scratch;    // of scratch in use, after compression
+	uint64_t reinstalled;      // blocks that came back from a write-back under way
+	uint64_t write_errors;     // write-backs that failed
 	struct uf_histogram latency[UF_STAGES];
 	uint32_t nerrors;
 	struct uf_error_record errlog[UF_ERRORS_KEPT]; // oldest first
@@ -146,6 +172,13 @@ const struct uf_host *uf_host_probe(void);
 
 // --- pager
 int uf_pager_create(const struct uf_pager_options *o, struct uf_pager **ret);
+// Direct delivery needs our handler of SIGBUS. True: it stands there. False after another library has put its own in its place:
+// then the next fault would kill the process; uf_direct_arm puts ours back, before the other, which it passes real bus
+// errors on to.
+bool uf_direct_armed(void);
+int uf_direct_arm(void);
+// Where the fault thread runs (a CPU, -1: anywhere) and how long it looks for the next fault before it sleeps.
+int uf_pager_tune(struct uf_pager *p, int cpu, uint64_t spin_ns);
 // Ends threads and workers now if no memory is open; -EBUSY otherwise. May block until the workers are gone (1 s at most).
 int uf_pager_shutdown(struct uf_pager *p);
 // Shutdown and free. No memory may be open.
@@ -170,6 +203,8 @@ int uf_memory_create(struct uf_pager *p, const struct uf_memory_options *o, stru
 // Ends service: later accesses die with SIGSEGV, waiting ones too; never zeros, never a hang. Idempotent, never blocks on
 // a fault. The addresses stay reserved until uf_memory_destroy.
 void uf_memory_close(struct uf_memory *m);
+// The same with a line on stderr, for a memory of which `buffers` are still in use.
+void uf_memory_close_under(struct uf_memory *m, uint64_t buffers);
 // Closes, gives the addresses back. Nobody may use `m` or its addresses afterwards.
 void uf_memory_destroy(struct uf_memory *m);
 void *uf_memory_address(const struct uf_memory *m);
@@ -178,8 +213,19 @@ void uf_memory_advise(struct uf_memory *m, enum uf_advice advice);
 // Loads blocks [first, first + count). With `wait` the calling thread works and waits (-EIO and friends with `why`),
 // without it the pager does it in the background as far as it can.
 int uf_memory_prefetch(struct uf_memory *m, uint64_t first, uint64_t count, bool wait, struct uf_failure *why);
-// Drops resident clean blocks of the range; returns how many bytes went.
+// Takes resident blocks of the range out, dirty ones after they were written back; returns how many bytes went.
 uint64_t uf_memory_evict(struct uf_memory *m, uint64_t first, uint64_t count);
+// Returns when everything that was written to the range before the call is durable. -EIO: `*n` blocks could not be written;
+// they stay dirty and resident, and the first `most` of them are described. Other errors: -EBADF it was closed, -EPERM it was
+// inherited by fork. May block for as long as the store does.
+int uf_memory_flush(struct uf_memory *m, uint64_t first, uint64_t count, struct uf_failure *failures, uint32_t most,
+		    uint32_t *n);
+// Keeps blocks resident, present and at their physical place as far as the engine moves them, until they are unpinned as
+// often. For memory that devices write to.
+int uf_memory_pin(struct uf_memory *m, uint64_t first, uint64_t count, struct uf_failure *why);
+int uf_memory_unpin(struct uf_memory *m, uint64_t first, uint64_t count);
+// True in a forked child for a writable memory that it inherited: its changes stay private, and flush refuses.
+bool uf_memory_forked(const struct uf_memory *m);
 // One byte per block: its enum uf_state.
 void uf_memory_states(struct uf_memory *m, uint64_t first, uint64_t count, uint8_t *ret);
 void uf_memory_stats(struct uf_memory *m, struct uf_stats *ret);
@@ -191,7 +237,7 @@ uint32_t uf_memory_trace_read(struct uf_memory *m, struct uf_trace_record *ret, 
 bool uf_is_paged(const void *address, size_t len);
 
 // --- the worker's side (worker.c), used in worker processes only
-enum uf_request_kind { UF_REQUEST_READ = 1, UF_REQUEST_LOAD, UF_REQUEST_DROP, UF_REQUEST_STOP };
+enum uf_request_kind { UF_REQUEST_READ = 1, UF_REQUEST_LOAD, UF_REQUEST_DROP, UF_REQUEST_STOP, UF_REQUEST_WRITE, UF_REQUEST_FLUSH };
 
 struct uf_ring_client;
 
@@ -199,7 +245,7 @@ struct uf_request {
 	enum uf_request_kind kind;
 	uint32_t index, source_id, generation; // ids are used again; the pair is not
 	uint64_t offset, length; // bytes of the source
-	void *buffer;            // `length` bytes for READ; the whole slot for LOAD
+	void *buffer;            // `length` bytes for READ (to fill) and WRITE (to store); the whole slot for LOAD
 	uint64_t capacity;       // bytes of the slot
 	uint64_t word;           // the claim
 };

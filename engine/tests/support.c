@@ -195,7 +195,8 @@ int test_poison_signal(void)
 
 int test_rounds(int rounds)
 {
-	return getenv("UF_TEST_SLOW") ? rounds / 4 : rounds;
+	int n = getenv("UF_TEST_SLOW") ? rounds / 4 : TEST_TSAN || TEST_ASAN ? rounds / 2 : rounds;
+	return n ? n : 1;
 }
 
 static bool so_many_threads(void *arg)

@@ -28,7 +28,7 @@ bool test_threads_left(int count);
 // What touching a poisoned block raises: SIGBUS, or SIGSEGV before Linux 6.6.
 int test_poison_signal(void);
 
-// `rounds` of them, or a quarter where everything is slow: UF_TEST_SLOW is set under emulation.
+// `rounds` of them, half with a sanitizer, a quarter where everything is slow: UF_TEST_SLOW is set under emulation.
 int test_rounds(int rounds);
 
 enum { TEST_CROWD = 128 };

@@ -69,7 +69,12 @@ static void one(struct uf_pager *p, struct uf_memory_options o, const char *what
 	random_reads(m, 2000);
 	uf_memory_stats(m, &s);
 	if (o.budget) {
+		// While readahead goes on, the kernel's walk counts a block here, and there the one that took its place meanwhile.
 		uint64_t rss = resident_kib(uf_memory_address(m)) << 10;
+		for (int i = 0; rss > o.budget && i < 20; i++) {
+			usleep(10000);
+			rss = resident_kib(uf_memory_address(m)) << 10;
+		}
 		CHECK(s.resident_peak <= o.budget, "peak %llu", (unsigned long long)s.resident_peak);
 		CHECK(rss <= o.budget, "%s: /proc says %llu resident, budget %llu", what, (unsigned long long)rss,
 		      (unsigned long long)o.budget);
