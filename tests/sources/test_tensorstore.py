@@ -120,3 +120,60 @@ def test_opened_as_an_array(folder: Path) -> None:
         """,
         folder,
     )
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_writing(folder: Path, order: str) -> None:
+    run(
+        f"""
+        import random
+        store = pickle.loads(dumps(object_data(opened(), None, None, {order!r}, "r+")[0].recipe)).load()
+        assert store.write_unit == {7 * 30 * 4 if order == "C" else 8 * 20 * 4} or store.write_unit == 2 << 20
+        rng = random.Random(1)
+        model = bytearray(data.tobytes({order!r}))
+        for _ in range(20):
+            start, stop = sorted(rng.randrange(len(model) + 1) for _ in range(2))
+            model[start:stop] = content = rng.randbytes(stop - start)
+            store.write_from(start, memoryview(content))
+            assert whole(store) == model
+        store.close()
+        assert opened().read().result().tobytes({order!r}) == model
+        """,
+        folder,
+    )
+
+
+def test_writing_what_was_opened_for_reading(folder: Path) -> None:
+    run(
+        """
+        array = tensorstore.open(opened().spec(), read=True).result()
+        try:
+            object_data(array, None, None, None, "r+")
+        except errors.ModeError as error:
+            assert "open it with write=True" in str(error)
+        else:
+            raise AssertionError("not refused")
+        """,
+        folder,
+    )
+
+
+def test_a_chunk_that_is_not_taken(folder: Path) -> None:
+    run(
+        """
+        import os, shutil
+        store = pickle.loads(dumps(object_data(opened(), None, None, None, "r+")[0].recipe)).load()
+        before = whole(store)
+        shutil.rmtree(pathlib.Path(folder) / "c")
+        # A file is where the folder of the chunks should be: not even root can write there.
+        (pathlib.Path(folder) / "c").write_bytes(b"")
+        try:
+            store.write_from(0, memoryview(b"x" * 2400))
+        except errors.SourceError as error:
+            assert "tensorstore[" in str(error) and "cannot be written" in str(error), error
+        else:
+            raise AssertionError("not refused")
+        store.close()
+        """,
+        folder,
+    )

@@ -15,7 +15,7 @@ from typing import Literal, NoReturn
 
 from userfault.sources._abc import PageSource
 
-__all__ = ["ModulesSource", "OddError", "PatternSource", "Trouble", "TroubleSource", "pattern"]
+__all__ = ["GateSource", "ModulesSource", "OddError", "PatternSource", "Trouble", "TroubleSource", "pattern"]
 
 # A prime: no two blocks nearby have the same bytes, whatever their size.
 PERIOD = 1_000_003
@@ -48,6 +48,24 @@ class PatternSource(PageSource):
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = pattern(offset, len(buffer), self._seed)
+
+
+class GateSource(PatternSource):
+    """A pattern whose reads wait until a file is there.
+
+    Attributes:
+        gate: The file; `asked` beside it is there from the first read on.
+    """
+
+    def __init__(self, nbytes: int, folder: Path, *, block: int | None = 4096) -> None:
+        super().__init__(nbytes, block=block)
+        self.gate, self.asked = folder / "gate", folder / "asked"
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self.asked.touch()
+        while not self.gate.exists():
+            threading.Event().wait(0.001)
+        super().read_into(offset, buffer)
 
 
 class OddError(Exception):

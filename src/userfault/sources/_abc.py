@@ -24,10 +24,13 @@ __all__ = [
     "Description",
     "Order",
     "PageSource",
+    "PageStore",
     "Recipe",
     "check_range",
     "describe",
+    "flush_all",
     "read_all",
+    "write_all",
 ]
 
 Order = Literal["C", "F"]
@@ -98,6 +101,72 @@ class PageSource(ABC):
         """Release what the source holds. Called once, after the last read."""
 
 
+class PageStore(PageSource):
+    """A source that can be written, too.
+
+    All reads and writes of one store go to one worker process, in at most `concurrency` threads at once. The engine
+    never has two writes of the same bytes under way, but a block may be read while its neighbour is written. A worker
+    that dies is replaced, and what it had not yet answered is written again.
+
+    An array that is a store is a subclass of both: `class MyStore(ArraySource, PageStore)`.
+
+    Attributes:
+        transactional: Whether writes become visible and durable only by `flush`, all at once. What is evicted in
+            between waits in scratch, and a worker that dies loses no more than its unfinished flush: the next one
+            starts from the beginning.
+        write_unit: Bytes that are best written together (those of a chunk, say), None for a block: dirty blocks of one
+            aligned unit come in one after the other. A memory rounds it to a power of two.
+        writable: Whether this one may be written; a store that was opened read-only says no.
+
+    Example:
+        >>> from userfault.sources import PageStore
+        >>> class Plates(PageStore):
+        ...     "One file of 1 MiB for each MiB."
+        ...
+        ...     nbytes = 1 << 30
+        ...     block = write_unit = 1 << 20
+        ...
+        ...     def __init__(self, folder):
+        ...         self.folder = folder
+        ...
+        ...     def read_into(self, offset, buffer):
+        ...         buffer[:] = (self.folder / str(offset >> 20)).read_bytes()
+        ...
+        ...     def write_from(self, offset, buffer):
+        ...         (self.folder / str(offset >> 20)).write_bytes(buffer)
+    """
+
+    transactional: bool = False
+    write_unit: int | None = None
+    writable: bool = True
+
+    @abstractmethod
+    def write_from(self, offset: int, buffer: memoryview) -> None:
+        """Store the whole of `buffer` from `offset` on.
+
+        Return when the store keeps it even if this process is killed; `flush` makes it durable. Writing the same once
+        more must do no harm. A transactional store may keep it to itself until `flush`.
+
+        Args:
+            offset: First byte to write; `offset + len(buffer)` is at most `nbytes`.
+            buffer: Read-only, contiguous, of format `"B"`; valid during this call.
+
+        Raises:
+            Exception: Whatever it is, the bytes count as not written: they stay dirty in memory, and come again.
+        """
+
+    def flush(self) -> None:
+        """Make everything that was written before durable: fsync, commit.
+
+        Called when all earlier `write_from` have returned; later ones may come meanwhile if `concurrency` is more than
+        one.
+
+        Raises:
+            Exception: Whatever it is, `flush()` of the memory raises it as `FlushError`, and everything counts as not
+                durable yet.
+        """
+
+
 class ArraySource(PageSource):
     """A source whose bytes are the elements of an array, in C or Fortran order.
 
@@ -142,6 +211,9 @@ class Description:
         order: `"C"` or `"F"`.
         name: What to call it in messages.
         extra: Facts for people, of types that JSON has.
+        writable: Whether it is a `PageStore` that may be written.
+        transactional: Whether writes become visible only by a flush.
+        write_unit: Bytes that are best written together, None for a block.
     """
 
     nbytes: int
@@ -154,6 +226,9 @@ class Description:
     order: Order = "C"
     name: str = ""
     extra: dict[str, object] = field(default_factory=dict)
+    writable: bool = False
+    transactional: bool = False
+    write_unit: int | None = None
 
 
 class Recipe(Protocol):
@@ -171,9 +246,8 @@ def describe(source: PageSource) -> Description:
     dtype = shape = None
     order: Order = "C"
     if isinstance(source, ArraySource):
-        from userfault.sources._dtypes import dtype_to_text
-
-        dtype, shape, order = dtype_to_text(source.dtype), tuple(map(int, source.shape)), source.order
+        dtype, shape, order = _dtype_text(source), tuple(map(int, source.shape)), source.order
+    store = source if isinstance(source, PageStore) and source.writable else None
     return Description(
         nbytes=int(source.nbytes),
         block=source.block,
@@ -185,7 +259,20 @@ def describe(source: PageSource) -> Description:
         order=order,
         name=source.name,
         extra=dict(source.info()),
+        writable=store is not None,
+        transactional=store is not None and store.transactional,
+        write_unit=None if store is None else store.write_unit,
     )
+
+
+def _dtype_text(source: ArraySource) -> str:
+    from userfault.sources._shaped import ShapedSource
+
+    if isinstance(source, ShapedSource):
+        return source.dtype_text  # no need of NumPy
+    from userfault.sources._dtypes import dtype_to_text
+
+    return dtype_to_text(source.dtype)
 
 
 def check_range(source: PageSource, offset: int, length: int) -> None:
@@ -213,3 +300,34 @@ def read_all(source: PageSource, offset: int, buffer: memoryview) -> None:
     count = read_into(offset, buffer)
     if isinstance(count, int) and not isinstance(count, bool) and count != len(buffer):
         raise EOFError(f"read_into returned {count}, but was to fill {len(buffer)} bytes")
+
+
+def write_all(source: PageSource, offset: int, buffer: memoryview) -> None:
+    """Have `source` store `buffer`, and see that it says so.
+
+    Raises:
+        TypeError: It is no `PageStore`.
+        OSError: `write_from` returned a count, and not that of the whole buffer. (`return file.write(buffer)` is easily
+            written, and a full disk takes a part.)
+        Exception: Whatever the store raises.
+    """
+    write_from: Callable[[int, memoryview], object] = _store(source).write_from
+    count = write_from(offset, buffer)
+    if isinstance(count, int) and not isinstance(count, bool) and count != len(buffer):
+        raise OSError(f"write_from returned {count}, but was to store {len(buffer)} bytes")
+
+
+def flush_all(source: PageSource) -> None:
+    """Have `source` make durable what was written.
+
+    Raises:
+        TypeError: It is no `PageStore`.
+        Exception: Whatever the store raises.
+    """
+    _store(source).flush()
+
+
+def _store(source: PageSource) -> PageStore:
+    if not isinstance(source, PageStore):
+        raise TypeError(f"{source.name or type(source).__name__} cannot be written: it is no PageStore")
+    return source

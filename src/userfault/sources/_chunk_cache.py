@@ -34,15 +34,19 @@ class CacheEntry:
             everywhere.
         filled: How many of them are decoded: all, or a prefix.
         error: Why loading failed.
+        gone: Whether the chunk was written since: only who has the entry already may use it.
+        kept: Whether somebody else may keep its buffer, too: a store that took it, without copying it.
     """
 
-    __slots__ = ("buffer", "error", "filled", "loading", "number", "pins")
+    __slots__ = ("buffer", "error", "filled", "gone", "kept", "loading", "number", "pins")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.buffer: Bytes | None = None
         self.filled = 0
         self.loading = False
+        self.gone = False
+        self.kept = False
         self.pins = 0
         self.error: BaseException | None = None
 
@@ -137,6 +141,10 @@ class ChunkCache:
     def commit(self, entry: CacheEntry, buffer: Bytes | None, filled: int) -> None:
         """Say that `entry`, which is the caller's to load, has its first `filled` bytes in `buffer`."""
         with self._changed:
+            if entry.gone:
+                entry.buffer, entry.filled, entry.loading = buffer, filled, False
+                self._changed.notify_all()
+                return
             if entry.buffer is not None:
                 self._used -= self._chunk_nbytes
                 # It is not written again while another thread may still copy from it.
@@ -155,10 +163,34 @@ class ChunkCache:
         with self._changed:
             entry.loading = False
             entry.error = error
-            del self._entries[entry.number]
-            if entry.buffer is not None:
-                self._used -= self._chunk_nbytes
+            if not entry.gone:
+                self._remove(entry)
             self._changed.notify_all()
+
+    def replace(self, number: int, buffer: Bytes) -> None:
+        """Say that a chunk was written, and has the bytes of `buffer`, which nobody writes again.
+
+        Who took the chunk before keeps what it was then, and so do those who load it at this moment; who takes it from
+        now on gets the new bytes.
+        """
+        with self._changed:
+            self._forget(number)
+            entry = self._entries[number] = CacheEntry(number)
+            entry.buffer, entry.filled, entry.kept = buffer, self._chunk_nbytes, True
+            self._used += self._chunk_nbytes
+            self._evicted.pop(number, None)
+            self._shrink()
+
+    def drop(self, number: int) -> None:
+        """Say that a chunk was written: who takes it from now on must load it."""
+        with self._changed:
+            self._forget(number)
+
+    def drop_all(self) -> None:
+        """Say that any chunk may have been written."""
+        with self._changed:
+            for number in tuple(self._entries):
+                self._forget(number)
 
     def wait(self, entry: CacheEntry) -> None:
         """Wait until another thread has loaded `entry`, one of `Taken.busy`.
@@ -187,6 +219,20 @@ class ChunkCache:
         """Forget everything that is not in use."""
         self.resize(0)
 
+    def _forget(self, number: int) -> None:
+        entry = self._entries.get(number)
+        if entry is not None:
+            self._remove(entry)
+            entry.gone = True
+
+    def _remove(self, entry: CacheEntry) -> None:
+        del self._entries[entry.number]
+        # While it is first loaded it has no buffer, and counts nothing yet.
+        if entry.buffer is not None:
+            self._used -= self._chunk_nbytes
+        elif entry.filled:
+            self._used -= _EMPTY_NBYTES
+
     def _place(self, number: int) -> None:
         """Put a chunk that was just loaded where the order of eviction wants it."""
         if number in self._evicted:
@@ -210,7 +256,7 @@ class ChunkCache:
         for entry in victims:
             del self._entries[entry.number]
             self._remember(entry.number)
-            if entry.buffer is not None:
+            if entry.buffer is not None and not entry.kept:
                 self._keep_spare(entry.buffer)
 
     def _remember(self, number: int) -> None:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 __all__ = ["Box", "ChunkGrid", "Piece"]
 
 _SMALLEST_BLOCK = 64 << 10
+_LARGEST_UNIT = 2 << 20
 _LARGEST_BLOCK = 128 << 10
 # A block may touch this many times the chunks that a single page touches, and no more.
 _MOST_EXTRA_CHUNKS = 1.5
@@ -135,6 +136,23 @@ class ChunkGrid:
             block //= 2
         return block
 
+    @cached_property
+    def band_span(self) -> int:
+        """Bytes of the memory that the chunks of one band hold, away from the far edges."""
+        for axis, length in enumerate(self.chunks):
+            if length > 1:
+                return min(length, self.shape[axis]) * self._strides[axis]
+        return 1
+
+    @cached_property
+    def write_unit(self) -> int:
+        """Bytes that are best written together: whole bands, if those are no more than 2 MiB and a power of two.
+
+        Else as many as can be: each part of a chunk that is written alone costs encoding all of it.
+        """
+        span = self.band_span
+        return span if span & (span - 1) == 0 and span <= _LARGEST_UNIT else _LARGEST_UNIT
+
     def _touched(self, length: int) -> float:
         """Return how many chunks `length` bytes touch, roughly: runs of rows, aligned to nothing."""
         touched = 1.0
@@ -202,6 +220,10 @@ class ChunkGrid:
             quotient, number = divmod(number, stride)
             place.append(quotient)
         return tuple(place)
+
+    def number(self, place: tuple[int, ...]) -> int:
+        """Return the number of the chunk at this place in the grid."""
+        return sum(at * stride for at, stride in zip(place, self._count_strides, strict=True))
 
     def last_byte(self, piece: Piece) -> int:
         """Return how many bytes of the chunk must be decoded until all of `piece` is there."""

@@ -25,7 +25,7 @@ from userfault.sources._abc import ArraySource, Order, check_range
 from userfault.sources._chunk_cache import CacheEntry, ChunkCache
 from userfault.sources._chunk_grid import ChunkGrid
 
-__all__ = ["ChunkedSource"]
+__all__ = ["ChunkedSource", "Copy", "in_bytes"]
 
 Bytes = npt.NDArray[np.uint8]
 # Where a piece goes: the view of the request, and the part of the chunk.
@@ -66,7 +66,7 @@ class ChunkedSource(ArraySource):
         self._nbytes = math.prod(shape) * dtype.itemsize
         self._threads = options.cpu_count() if threads is None else threads
         self.concurrency = self._threads
-        grid = ChunkGrid(_in_bytes(shape, dtype.itemsize, order), _in_bytes(chunks, dtype.itemsize, order))
+        grid = ChunkGrid(in_bytes(shape, dtype.itemsize, order), in_bytes(chunks, dtype.itemsize, order))
         self._grid = grid
         self.block = grid.block(mmap.PAGESIZE)
         # What a pass over the memory comes back to, unless each block is made of whole chunks.
@@ -220,7 +220,7 @@ class ChunkedSource(ArraySource):
 
     def _direct_job(self, number: int, target: Bytes) -> Callable[[], None]:
         def job() -> None:
-            if self.load_chunk(self._place(number), target, len(target)) == 0:
+            if self.read_chunk(number, target, len(target)) == 0:
                 target.reshape(self._grid.chunks)[...] = self._fill_chunk()
 
         return job
@@ -230,7 +230,7 @@ class ChunkedSource(ArraySource):
             lent = self._cache.lend()
             buffer: Bytes | None = lent
             try:
-                filled = self.load_chunk(self._place(entry.number), lent, need)
+                filled = self.read_chunk(entry.number, lent, need)
                 if filled == 0:
                     self._cache.give_back(lent)
                     buffer, filled = None, self._grid.chunk_nbytes
@@ -244,6 +244,10 @@ class ChunkedSource(ArraySource):
                 self._cache.release(entry)
 
         return job
+
+    def read_chunk(self, number: int, out: Bytes, need: int) -> int:
+        """Decode the chunk with this number; see `load_chunk`."""
+        return self.load_chunk(self._place(number), out, need)
 
     def _place(self, number: int) -> tuple[int, ...]:
         place = self._grid.coordinates(number)
@@ -291,6 +295,7 @@ def _drain(queue: deque[Callable[[], None]], errors: list[BaseException]) -> Non
             errors.append(error)
 
 
-def _in_bytes(shape: tuple[int, ...], itemsize: int, order: Order) -> tuple[int, ...]:
+def in_bytes(shape: tuple[int, ...], itemsize: int, order: Order) -> tuple[int, ...]:
+    """Return a shape as `ChunkGrid` wants it: in memory order, the last axis in bytes."""
     axes = shape[::-1] if order == "F" else shape
     return (*axes[:-1], axes[-1] * itemsize) if axes else (itemsize,)

@@ -1,4 +1,4 @@
-"""Where an array lies in a file or other stretch of bytes."""
+"""Where an array lies in a file or other stretch of bytes. Without NumPy: workers ask, too."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from userfault.errors import FormatError, RangeError, TruncatedError
 from userfault.sources._abc import Order
 
-__all__ = ["ArrayLayout", "as_order", "as_shape", "raw_layout"]
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["ArrayLayout", "as_order", "as_shape", "raw_layout", "raw_shape"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,7 @@ class ArrayLayout:
         Raises:
             TruncatedError: It does not.
         """
-        if self.offset + self.nbytes > available:
-            raise TruncatedError(
-                f"{name} is truncated: an array of shape {self.shape} and dtype {self.dtype} that begins at "
-                f"byte {self.offset} needs {self.offset + self.nbytes} bytes, but there are {available}"
-            )
+        _check_fits(str(self.dtype), self.nbytes, self.shape, self.offset, available, name)
 
 
 def as_shape(value: SupportsIndex | Iterable[SupportsIndex]) -> tuple[int, ...]:
@@ -97,16 +94,47 @@ def raw_layout(
         FormatError: Without a shape, the bytes are not a whole number of elements.
         TruncatedError: The array does not fit.
     """
+    found = raw_shape(str(dtype), dtype.itemsize, shape, offset, available, name)
+    return ArrayLayout(dtype, found, order, offset)
+
+
+def raw_shape(
+    dtype: str, itemsize: int, shape: tuple[int, ...] | None, offset: int, available: int, name: str
+) -> tuple[int, ...]:
+    """Return the shape of bytes that say nothing of themselves; as `raw_layout`, for a type of which the size is known.
+
+    Args:
+        dtype: What messages call the type of the elements.
+        itemsize: Bytes of an element.
+        shape: As in `raw_layout`.
+        offset: As in `raw_layout`.
+        available: As in `raw_layout`.
+        name: As in `raw_layout`.
+
+    Raises:
+        RangeError: As `raw_layout`.
+        FormatError: As `raw_layout`.
+        TruncatedError: As `raw_layout`.
+    """
     if not 0 <= offset <= available:
         raise RangeError(f"offset={offset} is out of range: {name} has {available} bytes")
     if shape is None:
-        count, rest = divmod(available - offset, dtype.itemsize)
+        count, rest = divmod(available - offset, itemsize)
         if rest:
             raise FormatError(
                 f"{name} has {available - offset} bytes from offset {offset} on, which is not a multiple of "
-                f"the {dtype.itemsize} bytes of dtype {dtype}; give shape="
+                f"the {itemsize} bytes of dtype {dtype}; give shape="
             )
         shape = (count,)
-    layout = ArrayLayout(dtype, shape, order, offset)
-    layout.check_fits(available, name)
-    return layout
+    _check_fits(dtype, math.prod(shape) * itemsize, shape, offset, available, name)
+    return shape
+
+
+def _check_fits(
+    dtype: str, nbytes: int, shape: tuple[int, ...], offset: int, available: int, name: str
+) -> None:
+    if offset + nbytes > available:
+        raise TruncatedError(
+            f"{name} is truncated: an array of shape {shape} and dtype {dtype} that begins at byte {offset} needs "
+            f"{offset + nbytes} bytes, but there are {available}"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from userfault.errors import SourceError, SourceNotFoundError
@@ -45,8 +45,8 @@ def split_object(location: Location) -> tuple[Location, str]:
 
 
 @contextlib.contextmanager
-def obstore_errors(url: str) -> Iterator[None]:
-    """Raise obstore's errors as ours."""
+def obstore_errors(url: str, done: Literal["read", "written"] = "read") -> Iterator[None]:
+    """Raise obstore's errors as ours, met when `url` was to be read or written."""
     from obstore.exceptions import BaseError
 
     try:
@@ -54,13 +54,17 @@ def obstore_errors(url: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise SourceNotFoundError(f"{url} does not exist", detail=str(error)) from error
     except BaseError as error:
+        hint = " (client='fsspec' reads it through fsspec, which also knows credentials in files)"
         raise SourceError(
-            f"{url} cannot be read through obstore: {_first_line(error)} "
-            "(client='fsspec' reads it through fsspec, which also knows credentials in files)",
+            f"{url} cannot be {done} through obstore: {_first_line(error)}{hint if done == 'read' else ''}",
             detail=str(error),
         ) from error
     except PermissionError as error:
-        raise SourceError(f"{url} may not be read: {_first_line(error)}", detail=str(error)) from error
+        raise SourceError(f"{url} may not be {done}: {_first_line(error)}", detail=str(error)) from error
+    except OSError as error:
+        raise SourceError(
+            f"{url} cannot be {done}: {_first_line(error)}", detail=str(error), errno=error.errno
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

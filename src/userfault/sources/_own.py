@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from userfault.errors import FormatError, RangeError
-from userfault.sources._abc import ArraySource, Order, PageSource
+from userfault.sources._abc import ArraySource, Order, PageSource, PageStore
 
 __all__ = ["SourceRecipe"]
 
@@ -19,12 +20,14 @@ class SourceRecipe:
         dtype: What its bytes are, as text; None if it says itself, or for plain bytes.
         shape: Shape of the array in them; None if it says itself, or for one axis.
         order: Order of the memory, None for that of the source.
+        itemsize: Bytes of an element of `dtype`, so that the worker need not import NumPy; None asks NumPy.
     """
 
     source: PageSource
     dtype: str | None = None
     shape: tuple[int, ...] | None = None
     order: Order | None = None
+    itemsize: int | None = None
 
     def load(self) -> PageSource:
         """Check what the source says of itself."""
@@ -33,6 +36,8 @@ class SourceRecipe:
         _check_integer(name, "nbytes", source.nbytes, 0)
         _check_integer(name, "concurrency", source.concurrency, 1)
         _check_integer(name, "wants_cache", source.wants_cache, 0)
+        if isinstance(source, PageStore) and source.write_unit is not None:
+            _check_integer(name, "write_unit", source.write_unit, 1)
         if isinstance(source, ArraySource):
             from userfault.sources._dtypes import check_plain
 
@@ -45,20 +50,24 @@ class SourceRecipe:
                 return source
         elif self.dtype is None and self.shape is None and self.order in (None, "C"):
             return source  # plain bytes need no NumPy here
-        import numpy as np
-
-        from userfault.sources._dtypes import dtype_from_text
-        from userfault.sources._layout import raw_layout
+        from userfault.sources._layout import raw_shape
         from userfault.sources._shaped import ShapedSource
+        from userfault.sources._shaped_store import ShapedStore
 
-        dtype = np.dtype(np.uint8) if self.dtype is None else dtype_from_text(self.dtype)
-        layout = raw_layout(dtype, self.shape, 0, self.order or "C", source.nbytes, name)
-        if layout.nbytes != source.nbytes:
+        dtype, order, itemsize = self.dtype or "|u1", self.order or "C", self.itemsize
+        if itemsize is None:
+            from userfault.sources._dtypes import dtype_from_text
+
+            itemsize = dtype_from_text(dtype).itemsize
+        shape = raw_shape(dtype, itemsize, self.shape, 0, source.nbytes, name)
+        nbytes = math.prod(shape) * itemsize
+        if nbytes != source.nbytes:
             raise RangeError(
-                f"{name} has {source.nbytes} bytes, but shape {layout.shape} and dtype {dtype} need "
-                f"{layout.nbytes}"
+                f"{name} has {source.nbytes} bytes, but shape {shape} and dtype {dtype} need {nbytes}"
             )
-        return ShapedSource(source, layout)
+        if isinstance(source, PageStore):
+            return ShapedStore(source, dtype, shape, order)
+        return ShapedSource(source, dtype, shape, order)
 
 
 def _check_integer(name: str, attribute: str, value: object, least: int) -> None:

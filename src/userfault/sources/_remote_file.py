@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from userfault.errors import FormatError, SourceError, SourceNotFoundError
+from userfault.errors import FormatError, ModeError, SourceError, SourceNotFoundError
 from userfault.sources._abc import ArraySource, Order, PageSource, check_range
 from userfault.sources._compression import by_magic, by_suffix
 from userfault.sources._dtypes import dtype_from_text
@@ -18,6 +19,7 @@ from userfault.sources._location import Location
 from userfault.sources._npy import NPY_MAGIC, npy_layout
 from userfault.sources._ranges import RangeReader, open_ranges
 from userfault.sources._safetensors import TensorTable, tensor_table
+from userfault.sources._zarr_recipe import Mode
 
 __all__ = ["FileFormat", "RawOptions", "RemoteFileRecipe", "UrlRecipe"]
 
@@ -118,21 +120,31 @@ class RemoteFileRecipe:
         location: The file.
         format: What it is; None to look at its first bytes.
         raw: What is said of it if it is raw.
+        mode: `"r+"` if it is to be written, which is refused.
     """
 
     location: Location
     format: FileFormat | None = None
     raw: RawOptions = RawOptions()
+    mode: Mode = "r"
 
     def load(self) -> PageSource:
         """Open the file.
 
         Raises:
+            ModeError: It is to be written.
             MustExpandError: It is compressed, or cannot be read in ranges.
             FormatError: It is not what it is said to be.
         """
         reader = open_ranges(self.location)
         try:
+            # Only now: if nothing is there, that is what is to be said.
+            if self.mode == "r+":
+                raise ModeError(
+                    f"{self.location.url} is a single object, which cannot be written in part: open it with mode='c' "
+                    "for changes that stay private, or keep the array as Zarr, or in blocks "
+                    "(userfault.sources.ObjectBlocks)"
+                )
             return self._load(reader)
         except BaseException:
             reader.close()
@@ -175,31 +187,46 @@ class RemoteFileRecipe:
 
 @dataclass(frozen=True)
 class UrlRecipe:
-    """A URL that does not say what it is: a file, or else a Zarr array.
+    """A URL that does not say what it is: a file, or else a Zarr array, or else one in blocks.
 
     Attributes:
         location: The URL.
         raw: What is said of it if it is a raw file.
         order: Order of the memory of a Zarr array.
+        mode: `"r+"` if it is to be written.
     """
 
     location: Location
     raw: RawOptions = RawOptions()
     order: Order | None = None
+    mode: Mode = "r"
 
     def load(self) -> PageSource:
         """Open what is there."""
         try:
-            return RemoteFileRecipe(self.location, None, self.raw).load()
+            return RemoteFileRecipe(self.location, None, self.raw, self.mode).load()
         except MustExpandError:
             raise
         except SourceError as file_error:
             from userfault.sources._zarr_recipe import ZarrRecipe
 
             try:
-                return ZarrRecipe(self.location, self.order).load()
+                return ZarrRecipe(self.location, self.order, self.mode).load()
             except SourceNotFoundError:
+                blocks = self._blocks()
+                if blocks is not None:
+                    return blocks
                 raise file_error from None
+
+    def _blocks(self) -> PageSource | None:
+        if importlib.util.find_spec("obstore") is None or self.location.client == "fsspec":
+            return None
+        from userfault.sources._object_blocks import ObjectBlocksRecipe
+
+        try:
+            return ObjectBlocksRecipe(self.location, self.mode).load()
+        except SourceError:
+            return None
 
 
 def table_of(extra: Mapping[str, Any]) -> TensorTable | None:

@@ -1,14 +1,14 @@
-"""A source of plain bytes with a type and a shape."""
+"""A source of plain bytes with a type and a shape. NumPy is imported only by who asks for the type itself."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from userfault.sources._abc import ArraySource, Order, PageSource, read_all
 
-from userfault.sources._abc import ArraySource, PageSource, read_all
-from userfault.sources._layout import ArrayLayout
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["ShapedSource"]
 
@@ -16,10 +16,11 @@ __all__ = ["ShapedSource"]
 class ShapedSource(ArraySource):
     """A source of plain bytes, and what they are."""
 
-    def __init__(self, source: PageSource, layout: ArrayLayout) -> None:
+    def __init__(self, source: PageSource, dtype_text: str, shape: tuple[int, ...], order: Order) -> None:
         self._source = source
-        self._layout = layout
-        self.order = layout.order
+        self.dtype_text = dtype_text
+        self._shape = shape
+        self.order = order
         self.block = source.block
         self.concurrency = source.concurrency
         self.affinity = source.affinity
@@ -29,12 +30,19 @@ class ShapedSource(ArraySource):
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the elements."""
-        return self._layout.dtype
+        from userfault.sources._dtypes import dtype_from_text
+
+        return dtype_from_text(self.dtype_text)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array."""
-        return self._layout.shape
+        return self._shape
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return self._source.nbytes
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Let the source fill `buffer`."""

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from userfault import options
 from userfault.errors import SourceError, UserfaultError
 from userfault.sources._abc import ArraySource, Order
+from userfault.sources._chunked_store import ChunkedStore
 from userfault.sources._dtypes import check_plain
 from userfault.sources._empty import EmptySource
 from userfault.sources._sliced import Bytes, SlicedSource
+from userfault.sources._zarr_recipe import Mode
 
 __all__ = ["TensorstoreRecipe"]
 
@@ -26,10 +29,12 @@ class TensorstoreRecipe:
     Attributes:
         array: Pickled as its spec, and opened again in the worker.
         order: Order of the memory.
+        mode: `"r+"` if it is to be written.
     """
 
     array: Any
     order: Order = "C"
+    mode: Mode = "r"
 
     def load(self) -> ArraySource:
         """Look at the array that unpickling opened."""
@@ -45,10 +50,14 @@ class TensorstoreRecipe:
         if shape:
             # tensorstore slices by coordinates, which need not begin at 0.
             array = array[tensorstore.d[:].translate_to[0]]
-        chunks = (array.chunk_layout.read_chunk.shape or ()) if shape else ()
-        return TensorstoreSource(
-            array, dtype, shape, tuple(map(int, chunks)) if chunks and all(chunks) else None, self.order
-        )
+        layout = array.chunk_layout
+        chunks = _lengths(layout.read_chunk.shape) if shape else None
+        if self.mode == "r":
+            return TensorstoreSource(array, dtype, shape, chunks, self.order)
+        units = _lengths(layout.write_chunk.shape) if shape else None
+        if units is None or chunks is None or any(unit % n for unit, n in zip(units, chunks, strict=True)):
+            chunks = units
+        return TensorstoreStore(array, dtype, shape, chunks, units, self.order)
 
 
 class TensorstoreSource(SlicedSource):
@@ -81,3 +90,31 @@ class TensorstoreSource(SlicedSource):
     def info(self) -> dict[str, object]:
         """Return the spec and chunks."""
         return {"format": "tensorstore", "chunks": list(self._chunks), "spec": self._array.spec().to_json()}
+
+
+class TensorstoreStore(ChunkedStore, TensorstoreSource):
+    """An array of tensorstore that can be written."""
+
+    # What its codecs do is not known here.
+    lossless = False
+
+    def __init__(
+        self,
+        array: Any,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+        chunks: tuple[int, ...] | None,
+        units: tuple[int, ...] | None,
+        order: Order,
+    ) -> None:
+        super().__init__(array, dtype, shape, chunks, order)
+        self.set_units(units)
+
+    def store_part(self, selection: tuple[slice, ...], values: npt.NDArray[Any]) -> None:
+        """Let tensorstore write, and wait until it has committed; it syncs files by itself."""
+        self._array[selection].write(values).result()
+
+
+def _lengths(shape: Any) -> tuple[int, ...] | None:
+    """Return the shape of chunks, None if not each axis has one."""
+    return tuple(map(int, shape)) if shape and all(shape) else None

@@ -23,7 +23,7 @@ from userfault.sources._stores import KeyStore
 from userfault.sources._zarr_json import is_array, plan_v2, plan_v3
 from userfault.sources._zarr_plan import ChunkDecoder, ZarrPlan
 
-__all__ = ["ZarrSlicedSource", "ZarrSource", "load_zarr"]
+__all__ = ["Make", "ZarrSlicedSource", "ZarrSource", "load_zarr"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -134,8 +134,26 @@ class ZarrSlicedSource(SlicedSource):
         self._store.close()
 
 
-def load_zarr(store: KeyStore, name: str, order: Order | None) -> ArraySource:
+class Make:
+    """Makes the sources that only read."""
+
+    def direct(self, store: KeyStore, plan: ZarrPlan, document: str, name: str, order: Order) -> ZarrSource:
+        """Return a source that decodes chunks itself."""
+        return ZarrSource(store, plan, document, name, order)
+
+    def sliced(self, store: KeyStore, array: Any, document: str, name: str, order: Order) -> ZarrSlicedSource:
+        """Return a source that lets zarr read; `array` is open for reading."""
+        return ZarrSlicedSource(store, array, name, order)
+
+
+def load_zarr(store: KeyStore, name: str, order: Order | None, make: Make | None = None) -> ArraySource:
     """Return the source for the array at the root of `store`; the store belongs to it, or is closed.
+
+    Args:
+        store: Where the keys are.
+        name: What to call it.
+        order: Order of the memory, None for that of the chunks.
+        make: What makes the sources; None for those that only read.
 
     Raises:
         SourceNotFoundError: Nothing is there.
@@ -143,13 +161,13 @@ def load_zarr(store: KeyStore, name: str, order: Order | None) -> ArraySource:
         UnsupportedDtypeError: Its elements cannot be memory.
     """
     try:
-        return _load(store, name, order)
+        return _load(store, name, order, make or Make())
     except BaseException:
         store.close()
         raise
 
 
-def _load(store: KeyStore, name: str, order: Order | None) -> ArraySource:
+def _load(store: KeyStore, name: str, order: Order | None, make: Make) -> ArraySource:
     for key, zarr_format, make_plan in (("zarr.json", 3, plan_v3), (".zarray", 2, plan_v2)):
         document = store.get(key)
         if document is None:
@@ -159,8 +177,8 @@ def _load(store: KeyStore, name: str, order: Order | None) -> ArraySource:
             raise _group_error(store)
         plan = make_plan(document)
         if plan is None:
-            return _load_with_zarr(store, zarr_format, key, name, order)
-        return _direct(store, plan, key, name, order)
+            return _load_with_zarr(store, zarr_format, key, name, order, make)
+        return _direct(store, plan, key, name, order, make)
     if store.get(".zgroup") is not None:
         raise _group_error(store)
     raise SourceNotFoundError(
@@ -168,15 +186,17 @@ def _load(store: KeyStore, name: str, order: Order | None) -> ArraySource:
     )
 
 
-def _direct(store: KeyStore, plan: ZarrPlan, key: str, name: str, order: Order | None) -> ArraySource:
+def _direct(
+    store: KeyStore, plan: ZarrPlan, key: str, name: str, order: Order | None, make: Make
+) -> ArraySource:
     order = order or plan.order
     if 0 in plan.shape:
         return EmptySource(plan.dtype, plan.shape, order, name)
-    return ZarrSource(store, plan, key, name, order)
+    return make.direct(store, plan, key, name, order)
 
 
 def _load_with_zarr(
-    store: KeyStore, zarr_format: int, key: str, name: str, order: Order | None
+    store: KeyStore, zarr_format: int, key: str, name: str, order: Order | None, make: Make
 ) -> ArraySource:
     from userfault.sources._zarr_library import open_array, plan_of
 
@@ -184,12 +204,12 @@ def _load_with_zarr(
     dtype = check_plain(np.dtype(array.dtype), store.location)
     plan = plan_of(array)
     if plan is not None:
-        return _direct(store, plan, key, name, order)
+        return _direct(store, plan, key, name, order, make)
     shape = tuple(map(int, array.shape))
     memory_order = order or "C"
     if 0 in shape:
         return EmptySource(dtype, shape, memory_order, name)
-    return ZarrSlicedSource(store, array, name, memory_order)
+    return make.sliced(store, array, key, name, memory_order)
 
 
 def _group_error(store: KeyStore) -> FormatError:

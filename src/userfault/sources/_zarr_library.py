@@ -18,22 +18,34 @@ __all__ = ["list_arrays", "open_array", "plan_of"]
 _MOST_LISTED = 40
 
 
-def open_array(store: KeyStore, zarr_format: int) -> Any:
+def open_array(
+    store: KeyStore, zarr_format: int, *, writable: bool = False, write_empty_chunks: bool | None = None
+) -> Any:
     """Return zarr's array at the root of `store`.
 
+    Args:
+        store: Where its keys are.
+        zarr_format: 2 or 3.
+        writable: Whether it is to be written.
+        write_empty_chunks: Whether chunks of nothing but the fill value are to be stored; None for zarr's default.
+
     Raises:
+        ModeError: It is to be writable, and cannot be.
         FormatError: zarr does not understand it.
         SourceError: It cannot be read.
     """
     import zarr
 
     try:
-        return zarr.open_array(
-            store.zarr_store(),
-            path=store.zarr_path,
-            mode="r",
-            zarr_format=zarr_format,  # type: ignore[arg-type]
-        )
+        # An array takes this setting when it is opened; its argument is only heard when one is created.
+        setting = {} if write_empty_chunks is None else {"array.write_empty_chunks": write_empty_chunks}
+        with zarr.config.set(setting):
+            return zarr.open_array(
+                store.zarr_store(writable=writable),
+                path=store.zarr_path,
+                mode="r+" if writable else "r",
+                zarr_format=zarr_format,  # type: ignore[arg-type]
+            )
     except UserfaultError:
         raise
     except FileNotFoundError as error:

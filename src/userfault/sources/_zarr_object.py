@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from userfault.errors import FormatError
+from userfault.errors import FormatError, ModeError
 from userfault.sources._abc import Order, Recipe
 from userfault.sources._location import Location
 from userfault.sources._stores import KeyStore
-from userfault.sources._zarr_recipe import ZarrRecipe, ZarrStoreRecipe
+from userfault.sources._zarr_recipe import Mode, ZarrRecipe, ZarrStoreRecipe
 
 __all__ = ["zarr_recipe"]
 
 
-def zarr_recipe(array: Any, order: Order | None) -> Recipe:
+def zarr_recipe(array: Any, order: Order | None, mode: Mode = "r") -> Recipe:
     """Return the recipe for an open `zarr.Array`.
 
     Raises:
         FormatError: It is a group.
+        ModeError: It is to be written, and cannot be.
+        SourcePickleError: No other process can see what it has.
     """
     from zarr.storage import LocalStore
 
@@ -29,12 +31,36 @@ def zarr_recipe(array: Any, order: Order | None) -> Recipe:
             f"{array!r} is not an array: open one of those in it" + (f", {names}" if names else "")
         )
     store, path = array.store_path.store, array.store_path.path
+    keep_empty = None if mode == "r" else _writes_empty_chunks(array)
+    if mode == "r+" and array.read_only:
+        raise ModeError(
+            f"{array!r} was opened for reading: open it with zarr's mode='r+', or here with mode='c' for changes that "
+            "stay private"
+        )
     if type(store) is LocalStore:
-        return ZarrRecipe(Location.parse(store.root) / path if path else Location.parse(store.root), order)
+        location = Location.parse(store.root)
+        return ZarrRecipe(location / path if path else location, order, mode, keep_empty)
     name = path.rpartition("/")[2] or "zarr"
+    if type(store).__name__ == "IcechunkStore":
+        from userfault.sources._stores._icechunk import icechunk_store
+
+        return ZarrStoreRecipe(icechunk_store(store, path, mode), name, order, mode, keep_empty)
     if _is_process_memory(store):
+        if mode == "r+":
+            raise ModeError(
+                f"{array!r} is in the memory of this process, where a worker process cannot write: open it with "
+                "mode='c' for changes that stay private, or keep it in a folder or object store"
+            )
         return ZarrStoreRecipe(_copied(store, path), name, order)
-    return ZarrStoreRecipe(ZarrKeyStore(store, path), name, order)
+    return ZarrStoreRecipe(ZarrKeyStore(store, path), name, order, mode, keep_empty)
+
+
+def _writes_empty_chunks(array: Any) -> bool | None:
+    """Return the setting that the array was opened with, None if this zarr does not tell."""
+    inner = array._async_array
+    # Of newer zarr, of older zarr.
+    config = getattr(inner, "config", None) or getattr(inner, "_config", None)
+    return getattr(config, "write_empty_chunks", None)
 
 
 def _is_process_memory(store: Any) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from userfault.sources._abc import ArraySource, Order
 from userfault.sources._location import Location
 from userfault.sources._stores import KeyStore, open_store
 
-__all__ = ["ZarrRecipe", "ZarrStoreRecipe"]
+__all__ = ["Mode", "ZarrRecipe", "ZarrStoreRecipe", "load"]
+
+Mode = Literal["r", "r+"]
 
 
 @dataclass(frozen=True)
@@ -18,16 +21,19 @@ class ZarrRecipe:
     Attributes:
         location: Folder, folder in a ZIP file, or URL of the array itself, not of its group.
         order: Order of the memory, None for that of the chunks.
+        mode: `"r+"` if it is to be written.
+        write_empty_chunks: Whether chunks of nothing but the fill value are to be stored; None for zarr's default.
     """
 
     location: Location
     order: Order | None = None
+    mode: Mode = "r"
+    write_empty_chunks: bool | None = None
 
     def load(self) -> ArraySource:
         """Open the array."""
-        from userfault.sources._zarr import load_zarr
-
-        return load_zarr(open_store(self.location), self.location.name, self.order)
+        store = open_store(self.location)
+        return load(store, self.location.name, self.order, self.mode, self.write_empty_chunks)
 
 
 @dataclass(frozen=True)
@@ -38,14 +44,29 @@ class ZarrStoreRecipe:
         store: The store.
         name: What to call the array.
         order: Order of the memory, None for that of the chunks.
+        mode: `"r+"` if it is to be written.
+        write_empty_chunks: Whether chunks of nothing but the fill value are to be stored; None for zarr's default.
     """
 
     store: KeyStore
     name: str
     order: Order | None = None
+    mode: Mode = "r"
+    write_empty_chunks: bool | None = None
 
     def load(self) -> ArraySource:
         """Open the array."""
-        from userfault.sources._zarr import load_zarr
+        return load(self.store, self.name, self.order, self.mode, self.write_empty_chunks)
 
-        return load_zarr(self.store, self.name, self.order)
+
+def load(
+    store: KeyStore, name: str, order: Order | None, mode: Mode, write_empty_chunks: bool | None
+) -> ArraySource:
+    """Return the source for the array at the root of `store`; see `userfault.sources._zarr.load_zarr`."""
+    from userfault.sources._zarr import load_zarr
+
+    if mode == "r":
+        return load_zarr(store, name, order)
+    from userfault.sources._zarr_store import StoreMake
+
+    return load_zarr(store, name, order, StoreMake(write_empty_chunks))

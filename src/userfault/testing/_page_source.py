@@ -7,7 +7,6 @@ import pickle
 import random
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
@@ -17,11 +16,11 @@ import pytest
 from userfault.sources._abc import ArraySource, PageSource, Recipe, describe
 from userfault.sources._own import SourceRecipe
 from userfault.sources._pickle import dumps
+from userfault.testing._threads import run_threads
 
 __all__ = ["PageSourceTests"]
 
 _GUARD = 64
-_MOST_THREADS = 8
 _LONGEST_READ = 1 << 20
 
 # What a worker process does, as far as a source can tell.
@@ -153,28 +152,13 @@ class PageSourceTests:
     def test_threads(self) -> None:
         """As many reads at once as it says it can do."""
         with self.opened() as (source, expected):
-            threads = min(source.concurrency, _MOST_THREADS)
-            if threads == 1:
-                pytest.skip("this source is read by one thread at a time")
-            errors: list[BaseException] = []
-            begin = threading.Barrier(threads)
 
-            def run(seed: int) -> None:
+            def read(seed: int, threads: int) -> None:
                 rng = random.Random(seed)
-                try:
-                    begin.wait()
-                    for _ in range(self.reads):
-                        _check_random(source, expected, rng)
-                except BaseException as error:
-                    errors.append(error)
+                for _ in range(self.reads):
+                    _check_random(source, expected, rng)
 
-            workers = [threading.Thread(target=run, args=(seed,)) for seed in range(threads)]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-            if errors:
-                raise errors[0]
+            run_threads(source.concurrency, read)
 
     def test_pickled(self) -> None:
         """What comes out of a pickle reads the same."""

@@ -1,8 +1,8 @@
 """A worker process: takes requests from the engine's ring, has sources answer them.
 
 Workers are generic and shared by all memories of a process. Each runs as many threads as its most concurrent source
-asks for; a source that is not thread-safe is read by one of them at a time. The engine starts, watches and replaces
-workers; a worker that is killed at any point costs a repeated read.
+asks for; a source that is not thread-safe is used by one of them at a time. The engine starts, watches and replaces
+workers; a worker that is killed at any point costs a repeated read or write.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import pickle
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from userfault import _engine
 from userfault.errors import WorkerError
-from userfault.sources._abc import Description, PageSource, describe, read_all
+from userfault.sources._abc import Description, PageSource, describe, flush_all, read_all, write_all
 
 __all__ = ["main"]
 
@@ -25,15 +27,47 @@ _MOST_THREADS = 64
 _RING_FD, _BLOB_FD, _BELL_FD = 3, 4, 5
 
 
+class _Writes:
+    """The writes of one source that are under way: a flush waits for those that came before it.
+
+    Later ones do not wait for the flush. A commit may be slow, and a write that waited for it would look like one that
+    hangs.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running: set[object] = set()
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Count as under way."""
+        ticket = object()
+        with self._changed:
+            self._running.add(ticket)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running.remove(ticket)
+                self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Return when those that are under way now are done."""
+        with self._changed:
+            earlier = set(self._running)
+            self._changed.wait_for(lambda: earlier.isdisjoint(self._running))
+
+
 class _Loaded:
-    """A source in this process, and who may read it."""
+    """A source in this process, and who may use it."""
 
     def __init__(self, source: PageSource) -> None:
         self.source = source
         self.description: Description = describe(source)
         self.cache = -1
         self.free = threading.Semaphore(max(1, self.description.concurrency))
-        self.readers = 0
+        self.writes = _Writes()
+        self.users = 0
         self.dropped = False
 
 
@@ -50,7 +84,11 @@ class _Worker:
             request = self._client.take()
             kind = request.kind
             if kind == _engine.READ:
-                self._read(request)
+                self._answer(request, _read)
+            elif kind == _engine.WRITE:
+                self._answer(request, _write)
+            elif kind == _engine.FLUSH:
+                self._answer(request, _flush)
             elif kind == _engine.LOAD:
                 self._load(request)
             elif kind == _engine.DROP:
@@ -59,12 +97,11 @@ class _Worker:
                 # The owner wants no answer, and may be gone: no clean-up that could wait for anything.
                 os._exit(0)
 
-    def _read(self, request: _engine.Request) -> None:
+    def _answer(self, request: _engine.Request, work: Callable[[_Loaded, _engine.Request], None]) -> None:
         loaded: _Loaded | None = None
         try:
             loaded = self._get(request.source)
-            with loaded.free:
-                read_all(loaded.source, request.offset, request.buffer)
+            work(loaded, request)
         except BaseException as error:
             request.fail(_text(error).encode())
         else:
@@ -106,7 +143,7 @@ class _Worker:
                     self._grow(loaded.description.concurrency)
         cache = self._client.cache(key[0])
         with self._lock:
-            loaded.readers += 1
+            loaded.users += 1
             changed, loaded.cache = cache != loaded.cache, cache
         if changed:
             loaded.source.set_cache(cache)
@@ -114,8 +151,8 @@ class _Worker:
 
     def _release(self, loaded: _Loaded) -> None:
         with self._lock:
-            loaded.readers -= 1
-            last = loaded.dropped and loaded.readers == 0
+            loaded.users -= 1
+            last = loaded.dropped and loaded.users == 0
         if last:
             _close(loaded.source)
 
@@ -126,7 +163,7 @@ class _Worker:
             for key in gone:
                 loaded = self._sources.pop(key)
                 loaded.dropped = True
-                if loaded.readers == 0:
+                if loaded.users == 0:
                     idle.append(loaded)
         for loaded in idle:
             _close(loaded.source)
@@ -137,6 +174,22 @@ class _Worker:
             self._threads += max(0, wanted)
         for _ in range(wanted):
             threading.Thread(target=self.serve, daemon=True).start()
+
+
+def _read(loaded: _Loaded, request: _engine.Request) -> None:
+    with loaded.free:
+        read_all(loaded.source, request.offset, request.buffer)
+
+
+def _write(loaded: _Loaded, request: _engine.Request) -> None:
+    with loaded.writes.one(), loaded.free:
+        write_all(loaded.source, request.offset, request.buffer)
+
+
+def _flush(loaded: _Loaded, request: _engine.Request) -> None:
+    loaded.writes.wait()
+    with loaded.free:
+        flush_all(loaded.source)
 
 
 def _open(blob: bytes) -> PageSource:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from userfault.errors import ModeError
 from userfault.sources._stores._abc import KeyStore
 
 __all__ = ["DictStore"]
@@ -21,8 +22,13 @@ class DictStore(KeyStore):
         """Return the bytes at `key`."""
         return self._content.get(key)
 
-    def zarr_store(self) -> Any:
+    def zarr_store(self, *, writable: bool = False) -> Any:
         """Return a store of zarr with the same content."""
+        if writable:
+            raise ModeError(
+                f"{self.location} is in the memory of the program, where a worker process cannot write: open it "
+                "with mode='c' for changes that stay private, or keep the array in a folder or object store"
+            )
         from zarr.core.buffer import default_buffer_prototype
         from zarr.storage import MemoryStore
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from userfault.sources._fsspec import filesystem, fsspec_errors
 from userfault.sources._location import Location
-from userfault.sources._stores._abc import KeyStore
+from userfault.sources._stores._abc import KeyStore, refuse_web
 
 __all__ = ["FsspecKeyStore"]
 
@@ -31,10 +31,12 @@ class FsspecKeyStore(KeyStore):
             return None
         return content
 
-    def zarr_store(self) -> Any:
+    def zarr_store(self, *, writable: bool = False) -> Any:
         """Return zarr's store for the same place."""
+        if writable:
+            refuse_web(self._at)
         from zarr.storage import FsspecStore
 
         return FsspecStore.from_url(
-            self._at.url, storage_options=dict(self._at.storage_options) or None, read_only=True
+            self._at.url, storage_options=dict(self._at.storage_options) or None, read_only=not writable
         )

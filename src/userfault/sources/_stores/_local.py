@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from typing import Any
 
+from userfault.errors import ModeError
 from userfault.sources._stores._abc import KeyStore
 
 __all__ = ["LocalKeyStore"]
@@ -16,6 +18,7 @@ class LocalKeyStore(KeyStore):
     def __init__(self, root: str) -> None:
         self.location = root
         self._root = root
+        self._fd = -1
 
     def get(self, key: str) -> bytes | None:
         """Return the content of the file `key`."""
@@ -38,8 +41,32 @@ class LocalKeyStore(KeyStore):
         finally:
             os.close(fd)
 
-    def zarr_store(self) -> Any:
-        """Return zarr's store for the same folder."""
+    def zarr_store(self, *, writable: bool = False) -> Any:
+        """Return zarr's store for the same folder. It writes to another name, and renames."""
         from zarr.storage import LocalStore
 
-        return LocalStore(self._root, read_only=True)
+        if writable and not os.access(self._root, os.W_OK | os.X_OK):
+            raise ModeError(
+                f"{self._root} may not be written by this user: open it with mode='c' for changes that stay private"
+            )
+        if writable and self._fd < 0:
+            # Opened before the first write, so that `sync` hears of every error since.
+            self._fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return LocalStore(self._root, read_only=not writable)
+
+    def sync(self, nbytes: int) -> bool:
+        """Make everything in this file system durable.
+
+        Not file by file: those that a worker wrote before it was killed are known to nobody.
+        """
+        # Linux 5.8 (735e4ae5ba28) and later: it fails if anything could not be written back.
+        if ctypes.CDLL(None, use_errno=True).syncfs(self._fd) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), self._root)
+        return False
+
+    def close(self) -> None:
+        """Close the folder."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -7,7 +7,7 @@ from typing import Any
 from userfault.errors import SourceError
 from userfault.sources._location import Location
 from userfault.sources._obstore import make_store, obstore_errors
-from userfault.sources._stores._abc import KeyStore
+from userfault.sources._stores._abc import KeyStore, refuse_web
 
 __all__ = ["ObstoreKeyStore"]
 
@@ -19,6 +19,7 @@ class ObstoreKeyStore(KeyStore):
 
     def __init__(self, location: Location) -> None:
         self.location = location.url
+        self._at = location
         self._store = make_store(location)
 
     def get(self, key: str) -> Any | None:
@@ -33,8 +34,10 @@ class ObstoreKeyStore(KeyStore):
                 return None
             raise
 
-    def zarr_store(self) -> Any:
+    def zarr_store(self, *, writable: bool = False) -> Any:
         """Return zarr's store for the same place."""
+        if writable:
+            refuse_web(self._at)
         from zarr.storage import ObjectStore
 
-        return ObjectStore(self._store, read_only=True)
+        return ObjectStore(self._store, read_only=not writable)

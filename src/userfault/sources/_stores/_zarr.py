@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from userfault.errors import ModeError
 from userfault.sources._stores._abc import KeyStore
 
 __all__ = ["ZarrKeyStore"]
@@ -28,6 +29,15 @@ class ZarrKeyStore(KeyStore):
         buffer = sync(self._store.get(full, default_buffer_prototype()))
         return None if buffer is None else memoryview(buffer.as_numpy_array())
 
-    def zarr_store(self) -> Any:
+    def zarr_store(self, *, writable: bool = False) -> Any:
         """Return the store itself."""
+        if writable and type(self._store).__name__ == "IcechunkStore":
+            # Nothing would commit what is written here: `_icechunk` has the store that does.
+            raise ModeError(f"{self.location} is a session of Icechunk that was taken for reading")
+        if writable and (self._store.read_only or not self._store.supports_writes):
+            raise ModeError(
+                f"{self.location} cannot be written: {type(self._store).__name__} "
+                + ("was opened read-only" if self._store.supports_writes else "takes no writes")
+                + "; open it for writing, or with mode='c' for changes that stay private"
+            )
         return self._store

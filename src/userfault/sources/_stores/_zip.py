@@ -6,7 +6,7 @@ import threading
 import zipfile
 from typing import Any
 
-from userfault.errors import FormatError
+from userfault.errors import FormatError, ModeError
 from userfault.sources._stores._abc import KeyStore
 
 __all__ = ["ZipKeyStore"]
@@ -39,8 +39,13 @@ class ZipKeyStore(KeyStore):
         except KeyError:
             return None
 
-    def zarr_store(self) -> Any:
+    def zarr_store(self, *, writable: bool = False) -> Any:
         """Return zarr's store for the same file."""
+        if writable:
+            raise ModeError(
+                f"{self._path} is a ZIP file, whose members cannot be replaced: unpack it to a folder, or open it "
+                "with mode='c' for changes that stay private"
+            )
         from zarr.storage import ZipStore
 
         return ZipStore(self._path, mode="r")
