@@ -13,6 +13,7 @@ BUILTIN = {
     "ExportedError": (BufferError,),
     "RangeError": (IndexError, ValueError),
     "ModeError": (ValueError,),
+    "OptionError": (ValueError,),
     "BudgetError": (ValueError,),
     "FormatError": (ValueError,),
     "TruncatedError": (errors.FormatError,),
@@ -21,6 +22,8 @@ BUILTIN = {
     "MissingExtraError": (ImportError,),
     "SourceError": (OSError,),
     "SourceNotFoundError": (errors.SourceError, FileNotFoundError),
+    "FlushError": (errors.SourceError, OSError),
+    "ForkedError": (RuntimeError,),
     "PrivilegeError": (PermissionError,),
     "KernelError": (OSError,),
     "WorkerError": (RuntimeError,),
@@ -29,7 +32,7 @@ BUILTIN = {
 
 
 def test_every_error_is_listed_and_drawn() -> None:
-    names = set(errors.__all__)
+    names = set(errors.__all__) - {"WriteFailure"}
     assert names == {*BUILTIN, "UserfaultError"}
     assert errors.__doc__ is not None
     for name in names:
@@ -60,6 +63,20 @@ def test_source_error_keeps_its_attributes() -> None:
     assert (back.source_name, back.offset, back.length) == ("t2m", 8, 5)
     assert (back.detail, back.errno) == ("HTTP 503", 5)
     assert str(back) == "no"
+
+
+def test_flush_error_keeps_what_failed() -> None:
+    failures = (
+        errors.WriteFailure(4096, 4096, "OSError: disk full", 28),
+        errors.WriteFailure(65536, 100, "OSError: disk full", 28),
+    )
+    error = errors.FlushError("no", source_name="t2m", failures=failures)
+    back = pickle.loads(pickle.dumps(error))
+    assert back.failures == failures
+    assert (back.source_name, back.offset, back.length) == ("t2m", 4096, 4096)
+    assert (back.detail, back.errno, str(back)) == ("OSError: disk full", 28, "no")
+    commit = errors.FlushError("no", detail="conflict", errno=5)
+    assert (commit.failures, commit.offset, commit.detail, commit.errno) == ((), None, "conflict", 5)
 
 
 def test_kernel_errors_keep_their_attributes() -> None:

@@ -27,6 +27,7 @@ from userfault.errors import (
 )
 from userfault.memory import PagedMemory, find
 from userfault.sources._native import FileData, MemoryData, ZeroData
+from userfault.sources._own import SourceRecipe
 from userfault.sources._worker_data import WorkerData
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -79,7 +80,7 @@ def test_the_last_block_may_be_cut_short(kind: str, nbytes: int, tmp_path: Path)
         (tmp_path / "file").write_bytes(b"head" + content + b"tail")
         source = FileData(str(tmp_path / "file"), 4, nbytes)
     elif kind == "worker":
-        source = WorkerData(Load(PatternSource(nbytes)))
+        source = WorkerData(SourceRecipe(PatternSource(nbytes)))
     else:
         content, source = bytes(nbytes), ZeroData(nbytes)
     with PagedMemory(source, name=kind, block=BLOCK) as memory:
@@ -91,16 +92,6 @@ def test_the_last_block_may_be_cut_short(kind: str, nbytes: int, tmp_path: Path)
         with memoryview(memory) as view:
             assert view == content
         assert memory.stats().resident_bytes == memory.nblocks * BLOCK
-
-
-class Load:
-    """A recipe for a source that the test has made."""
-
-    def __init__(self, source: PatternSource) -> None:
-        self.source = source
-
-    def load(self) -> PatternSource:
-        return self.source
 
 
 @pytest.mark.parametrize(
@@ -124,7 +115,11 @@ class Load:
 )
 @pytest.mark.parametrize("kind", ["memory", "worker"])
 def test_prefetch_loads_the_blocks_of_a_range(kind: str, where: Any, blocks: Any) -> None:
-    source = MemoryData(CONTENT, 0, NBYTES) if kind == "memory" else WorkerData(Load(PatternSource(NBYTES)))
+    source = (
+        MemoryData(CONTENT, 0, NBYTES)
+        if kind == "memory"
+        else WorkerData(SourceRecipe(PatternSource(NBYTES)))
+    )
     with PagedMemory(source, name=kind, block=BLOCK) as memory:
         memory.prefetch(where)
         assert resident(memory) == list(blocks)
@@ -229,7 +224,11 @@ def test_prefetch_again_reads_nothing_twice() -> None:
 
 @pytest.mark.parametrize("kind", ["memory", "worker"])
 def test_prefetch_in_the_background(kind: str) -> None:
-    source = MemoryData(CONTENT, 0, NBYTES) if kind == "memory" else WorkerData(Load(PatternSource(NBYTES)))
+    source = (
+        MemoryData(CONTENT, 0, NBYTES)
+        if kind == "memory"
+        else WorkerData(SourceRecipe(PatternSource(NBYTES)))
+    )
     with PagedMemory(source, name=kind, block=BLOCK) as memory:
         memory.prefetch((0, 8 * BLOCK), wait=False)
         memory.prefetch((0, 8 * BLOCK))
@@ -344,7 +343,7 @@ def test_stats_are_plain_data() -> None:
         told = json.loads(json.dumps(memory.stats().as_dict()))
         assert told["blocks_prefetch"] == told["blocks_read"] == BLOCKS
         assert told["errors"] == []
-        assert set(told["latency"]) == {"queue", "source", "install", "fault"}
+        assert set(told["latency"]) == {"queue", "source", "install", "fault", "write"}
         assert set(told["latency"]["install"]) == {"count", "mean_ns", "p50_ns", "p90_ns", "p99_ns"}
         with pytest.raises(AttributeError):
             memory.stats().faults = 3  # type: ignore[misc]
@@ -434,10 +433,10 @@ def test_every_possible_block(block: Any) -> None:
 )
 def test_the_block_that_a_source_prefers_is_rounded(preferred: int, block: int) -> None:
     source = PatternSource(1 << 20, block=preferred)
-    with PagedMemory(WorkerData(Load(source)), name="source") as memory:
+    with PagedMemory(WorkerData(SourceRecipe(source)), name="source") as memory:
         assert memory.block == block
     # A budget bounds it: sixteen blocks fit.
-    with PagedMemory(WorkerData(Load(source)), name="source", memory="256 KiB") as memory:
+    with PagedMemory(WorkerData(SourceRecipe(source)), name="source", memory="256 KiB") as memory:
         assert memory.block == min(block, 16 << 10)
 
 

@@ -20,6 +20,7 @@ from support.pagers import SECOND, own_pager
 from support.waiting import wait_until
 from userfault import pager
 from userfault.memory import PagedMemory
+from userfault.sources._own import SourceRecipe
 from userfault.sources._worker_data import WorkerData
 
 TESTS = str(Path(__file__).parent)
@@ -115,24 +116,14 @@ def test_no_more_workers_than_are_allowed() -> None:
     assert run_python(code, env={"PYTHONPATH": TESTS, "USERFAULT_WORKERS": "1"}).check() == "1\n"
 
 
-class Load:
-    """A recipe for a source that the test has made."""
-
-    def __init__(self, source: Any) -> None:
-        self.source = source
-
-    def load(self) -> Any:
-        return self.source
-
-
-def modules(code: str = "") -> set[str]:
-    """Return what a worker imports for a plain source of a fresh program."""
+def modules(code: str = "", arguments: str = "") -> set[str]:
+    """Return what a worker imports for a plain source of a fresh program, opened with these further `arguments`."""
     done = run_python(
         f"""
         import sys, userfault
         from support.page_sources import ModulesSource
         {code}
-        a = userfault.open(ModulesSource())
+        a = userfault.open(ModulesSource(){arguments})
         sys.stdout.write(a.tobytes().rstrip(bytes(1)).decode())
         """,
         env={"PYTHONPATH": TESTS, "USERFAULT_WORKERS": "1"},
@@ -140,8 +131,9 @@ def modules(code: str = "") -> set[str]:
     return set(done.check().splitlines())
 
 
-def test_a_worker_imports_only_what_its_source_needs() -> None:
-    imported = modules()
+@pytest.mark.parametrize("arguments", ["", ", dtype='<f4', shape=(128, 128)"])
+def test_a_worker_imports_only_what_its_source_needs(arguments: str) -> None:
+    imported = modules(arguments=arguments)
     assert {"userfault.workers._main", "support.page_sources"} <= imported
     heavy = {
         "numpy",
@@ -258,7 +250,7 @@ def alive(process: psutil.Process) -> bool:
 
 def test_a_source_is_closed_with_its_memory(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
-    with PagedMemory(WorkerData(Load(Closes(str(closed)))), name="source", block=4096) as memory:
+    with PagedMemory(WorkerData(SourceRecipe(Closes(str(closed)))), name="source", block=4096) as memory:
         memory.prefetch()
         assert not closed.exists()
     wait_until(closed.exists, "the source is closed")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import site
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ def main() -> int:
         # The copy must win over the installed package, which comes later in the path. Without `site` (-S) no .pth
         # file is read either: an editable installation would put its own finder before all paths.
         command = [sys.executable, "-S", "-c", run, "--config", str(ROOT / "pyproject.toml"), "--no-cache"]
-        path = os.pathsep.join([folder, *site.getsitepackages()])
+        path = os.pathsep.join([folder, *sys.path[1:]])  # [0] is the folder of this file
         return subprocess.run(
             command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, check=False
         ).returncode

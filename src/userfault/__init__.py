@@ -17,16 +17,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from userfault.arrays import memory_of, open
+    from userfault._sigbus import rearm
+    from userfault.arrays import empty, memory_of, open, zeros
     from userfault.errors import (
         BudgetError,
         ClosedError,
         ExportedError,
+        FlushError,
+        ForkedError,
         FormatError,
         InternalError,
         KernelError,
         MissingExtraError,
         ModeError,
+        OptionError,
         PrivilegeError,
         RangeError,
         SourceError,
@@ -36,10 +40,11 @@ if TYPE_CHECKING:
         UnsupportedDtypeError,
         UserfaultError,
         WorkerError,
+        WriteFailure,
     )
     from userfault.memory import PagedMemory
-    from userfault.pager import PagerStats, limit, pager_stats, shutdown
-    from userfault.sources import ArraySource, PageSource
+    from userfault.pager import PagerStats, fault_thread, limit, pager_stats, shutdown
+    from userfault.sources import ArraySource, PageSource, PageStore
     from userfault.stats import ErrorRecord, Histogram, MemoryStats
 
     __version__: str
@@ -50,6 +55,8 @@ __all__ = [
     "ClosedError",
     "ErrorRecord",
     "ExportedError",
+    "FlushError",
+    "ForkedError",
     "FormatError",
     "Histogram",
     "InternalError",
@@ -57,7 +64,9 @@ __all__ = [
     "MemoryStats",
     "MissingExtraError",
     "ModeError",
+    "OptionError",
     "PageSource",
+    "PageStore",
     "PagedMemory",
     "PagerStats",
     "PrivilegeError",
@@ -69,19 +78,25 @@ __all__ = [
     "UnsupportedDtypeError",
     "UserfaultError",
     "WorkerError",
+    "WriteFailure",
     "__version__",
+    "empty",
+    "fault_thread",
     "limit",
     "memory_of",
     "open",
     "pager_stats",
+    "rearm",
     "shutdown",
+    "zeros",
 ]
 
 _HOMES = {
-    **dict.fromkeys(["open", "memory_of"], "arrays"),
+    **dict.fromkeys(["empty", "memory_of", "open", "zeros"], "arrays"),
     **dict.fromkeys(["PagedMemory"], "memory"),
-    **dict.fromkeys(["PagerStats", "limit", "pager_stats", "shutdown"], "pager"),
-    **dict.fromkeys(["ArraySource", "PageSource"], "sources"),
+    **dict.fromkeys(["PagerStats", "fault_thread", "limit", "pager_stats", "shutdown"], "pager"),
+    **dict.fromkeys(["rearm"], "_sigbus"),
+    **dict.fromkeys(["ArraySource", "PageSource", "PageStore"], "sources"),
     **dict.fromkeys(["ErrorRecord", "Histogram", "MemoryStats"], "stats"),
 }
 

@@ -17,6 +17,16 @@ READ: Final[int]
 LOAD: Final[int]
 DROP: Final[int]
 STOP: Final[int]
+WRITE: Final[int]
+FLUSH: Final[int]
+STORE_NONE: Final[int]
+STORE_SOURCE: Final[int]
+STORE_SCRATCH: Final[int]
+STORE_STAGED: Final[int]
+DELIVERY_THREAD: Final[int]
+DELIVERY_DIRECT: Final[int]
+MAX_FAILURES: Final[int]
+"""Failed blocks that one flush describes; there may be more."""
 
 class EngineError(Exception):
     """An engine call failed.
@@ -35,6 +45,12 @@ class EngineError(Exception):
 def host() -> dict[str, Any]:
     """Return what this kernel and user can do (`struct uf_host` in `engine/uf.h`); probed once."""
 
+def direct_armed() -> bool:
+    """Return whether the engine's handler of SIGBUS, which direct delivery needs, is the one that stands there."""
+
+def direct_arm() -> None:
+    """Put it there, in front of the one that does."""
+
 @final
 class Pager:
     """A fault thread, its budget and its workers (`uf_pager_*` and `uf_source_*` in `engine/uf.h`)."""
@@ -52,9 +68,12 @@ class Pager:
         backoff_ns: int,
         user_mode_only: bool = False,
         no_extents: bool = False,
+        scratch_dir: bytes | None = None,
+        no_move: bool = False,
     ) -> Pager: ...
     def shutdown(self) -> None: ...
     def set_limit(self, limit: int) -> None: ...
+    def tune(self, cpu: int, spin_ns: int) -> None: ...
     def stats(self) -> dict[str, Any]: ...
     def add_source(self, blob: Buffer) -> int: ...
     def load_source(self, source: int, timeout_ns: int) -> tuple[bytes, bool, str]: ...
@@ -63,7 +82,11 @@ class Pager:
 
 @disjoint_base
 class Memory:
-    """An address range that a pager serves; exports it as a read-only buffer (`uf_memory_*` in `engine/uf.h`)."""
+    """An address range that a pager serves; exports it as a buffer (`uf_memory_*` in `engine/uf.h`).
+
+    The buffer is writable if there is a store. `_flush` returns what failed as (block, errno, message); that is empty
+    if everything is durable, and whatever cannot be said of blocks is an `EngineError`.
+    """
 
     @property
     def pager(self) -> Pager: ...
@@ -77,6 +100,8 @@ class Memory:
     def address(self) -> int: ...
     @property
     def closed(self) -> bool: ...
+    @property
+    def writable(self) -> bool: ...
     @property
     def extents(self) -> bool: ...
     @property
@@ -96,15 +121,23 @@ class Memory:
         budget: int = 0,
         reserved: int = 0,
         readahead: bool = True,
+        store: int = 0,
+        write_unit: int = 0,
+        delivery: int = 0,
     ) -> None: ...
     # Before 3.12 the buffer protocol has no names in Python.
     if sys.version_info >= (3, 12):
         def __buffer__(self, flags: int, /) -> memoryview: ...
         def __release_buffer__(self, buffer: memoryview, /) -> None: ...
-    def _close(self) -> None: ...
+    def _close(self, quiet: bool = False) -> None: ...
     def _advise(self, advice: int) -> None: ...
     def _prefetch(self, first: int, count: int, wait: bool) -> None: ...
     def _evict(self, first: int, count: int) -> int: ...
+    def _flush(self, first: int, count: int) -> list[tuple[int, int, str]]: ...
+    def _pin(self, first: int, count: int) -> None: ...
+    def _unpin(self, first: int, count: int) -> None: ...
+    @property
+    def _forked(self) -> bool: ...
     def _states(self, first: int, out: Buffer) -> None: ...
     def _stats(self) -> dict[str, Any]: ...
     def _trace(self, capacity: int) -> None: ...
@@ -112,7 +145,10 @@ class Memory:
 
 @final
 class Request:
-    """What a worker took from the ring. `buffer` is the slot to fill, or to write a reply to."""
+    """What a worker took from the ring.
+
+    `buffer` is the slot: to fill (READ), to write a reply to (LOAD), or read-only, with the bytes to store (WRITE).
+    """
 
     @property
     def kind(self) -> int: ...

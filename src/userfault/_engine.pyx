@@ -5,10 +5,12 @@ The stub beside this file is its documentation.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo, PyObject_GetBuffer, PyBuffer_Release, PyBUF_SIMPLE, PyBUF_WRITE
+from cpython.buffer cimport (
+    PyBUF_READ, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBUF_WRITE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
+)
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.memoryview cimport PyMemoryView_FromMemory
-from libc.errno cimport EBADF, EINVAL
+from libc.errno cimport EBADF, EINVAL, EIO
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -18,6 +20,10 @@ from userfault._uf cimport *
 EXTENT = UF_EXTENT
 MAX_WORKERS = UF_MAX_WORKERS
 TRACE_RECORD_SIZE = sizeof(uf_trace_record)
+STORE_NONE, STORE_SOURCE, STORE_SCRATCH, STORE_STAGED = UF_STORE_NONE, UF_STORE_SOURCE, UF_STORE_SCRATCH, UF_STORE_STAGED
+DELIVERY_THREAD, DELIVERY_DIRECT = UF_DELIVERY_THREAD, UF_DELIVERY_DIRECT
+# Failed blocks that one flush describes; of a failing disk all dirty blocks fail.
+MAX_FAILURES = 1 << 16
 
 
 class EngineError(Exception):
@@ -48,6 +54,14 @@ def host():
     }
 
 
+def direct_armed():
+    return bool(uf_direct_armed())
+
+
+def direct_arm():
+    check(uf_direct_arm())
+
+
 cdef const char **strings(list items) except NULL:
     cdef const char **out = <const char **>calloc(len(items) + 1, sizeof(char *))
     if out == NULL:
@@ -61,14 +75,19 @@ cdef const char **strings(list items) except NULL:
 
 cdef class Pager:
     cdef uf_pager *p
+    cdef bytes scratch
 
     def __cinit__(self, *, uint64_t limit, unsigned workers, list argv, list env, uint64_t linger_ns,
                   uint64_t deadline_ns, unsigned attempts, uint64_t backoff_ns, bint user_mode_only=False,
-                  bint no_extents=False):
+                  bint no_extents=False, bytes scratch_dir=None, bint no_move=False):
         cdef uf_pager_options o
         memset(&o, 0, sizeof(o))
         o.limit, o.workers, o.linger_ns, o.deadline_ns = limit, workers, linger_ns, deadline_ns
         o.attempts, o.backoff_ns, o.user_mode_only, o.no_extents = attempts, backoff_ns, user_mode_only, no_extents
+        o.no_move = no_move
+        if scratch_dir is not None:
+            self.scratch = scratch_dir
+            o.scratch_dir = self.scratch
         cdef int err
         try:
             o.worker_argv = strings(argv)
@@ -94,6 +113,12 @@ cdef class Pager:
     def set_limit(self, uint64_t limit):
         with nogil:
             uf_pager_set_limit(self.p, limit)
+
+    def tune(self, int cpu, uint64_t spin_ns):
+        cdef int err
+        with nogil:
+            err = uf_pager_tune(self.p, cpu, spin_ns)
+        check(err)
 
     def stats(self):
         cdef uf_pager_stats s
@@ -144,7 +169,7 @@ cdef class Memory:
     cdef uf_memory *m
     cdef readonly Pager pager
     cdef readonly uint64_t nbytes, block, nblocks, address
-    cdef readonly bint closed
+    cdef readonly bint closed, writable
     cdef Py_ssize_t exports
     cdef int64_t source_id
     cdef Py_buffer origin
@@ -156,7 +181,7 @@ cdef class Memory:
 
     def __init__(self, Pager pager not None, *, bytes name not None, uint64_t nbytes, uint64_t block, int kind,
                  object origin=None, int fd=-1, uint64_t offset=0, int64_t source_id=-1, uint64_t budget=0,
-                 uint64_t reserved=0, bint readahead=True):
+                 uint64_t reserved=0, bint readahead=True, int store=0, uint64_t write_unit=0, int delivery=0):
         cdef uf_memory_options o
         cdef uf_memory *m = NULL
         cdef int err
@@ -165,6 +190,7 @@ cdef class Memory:
         memset(&o, 0, sizeof(o))
         o.name, o.nbytes, o.block, o.source = name, nbytes, block, <uf_source_kind>kind
         o.fd, o.offset, o.budget, o.reserved, o.no_readahead = fd, offset, budget, reserved, not readahead
+        o.store, o.write_unit, o.delivery = <uf_store_kind>store, write_unit, <uf_delivery>delivery
         if kind == UF_SOURCE_MEMORY:
             PyObject_GetBuffer(origin, &self.origin, PyBUF_SIMPLE)
             self.has_origin = True
@@ -181,6 +207,7 @@ cdef class Memory:
         self.nbytes, self.block, self.nblocks = nbytes, block, (nbytes + block - 1) // block
         self.address = <uintptr_t>uf_memory_address(m)
         self.source_id = source_id if kind == UF_SOURCE_WORKER else -1
+        self.writable = store != UF_STORE_NONE
 
     def __dealloc__(self):
         if self.m != NULL:
@@ -200,9 +227,11 @@ cdef class Memory:
         with cython.critical_section(self):
             if self.m == NULL or self.closed:
                 raise BufferError("the memory is closed")
-            if flags & PyBUF_WRITABLE:
+            if flags & PyBUF_WRITABLE and not self.writable:
                 raise BufferError("the memory is read-only")
-            PyBuffer_FillInfo(view, self, <void *><uintptr_t>self.address, <Py_ssize_t>self.nbytes, 1, flags)
+            PyBuffer_FillInfo(
+                view, self, <void *><uintptr_t>self.address, <Py_ssize_t>self.nbytes, not self.writable, flags
+            )
             self.exports += 1
 
     def __releasebuffer__(self, Py_buffer *view):
@@ -214,13 +243,17 @@ cdef class Memory:
             raise EngineError(EBADF, "the memory is closed")
         return 0
 
-    def _close(self):
+    def _close(self, bint quiet=False):
         with cython.critical_section(self):
             if self.m == NULL or self.closed:
                 return
             self.closed = True
+        cdef unsigned long long buffers = self.exports
         with nogil:
-            uf_memory_close(self.m)
+            if buffers and not quiet:
+                uf_memory_close_under(self.m, buffers)
+            else:
+                uf_memory_close(self.m)
         self.drop()
 
     @property
@@ -251,6 +284,49 @@ cdef class Memory:
         with nogil:
             freed = uf_memory_evict(self.m, first, count)
         return freed
+
+    def _flush(self, uint64_t first, uint64_t count):
+        cdef uint32_t n = 0, most
+        cdef int err
+        self.ready()
+        most = <uint32_t>max(1, min(count, <uint64_t>MAX_FAILURES))
+        cdef uf_failure *failures = <uf_failure *>calloc(most, sizeof(uf_failure))
+        if failures == NULL:
+            raise MemoryError()
+        try:
+            with nogil:
+                err = uf_memory_flush(self.m, first, count, failures, most, &n)
+            if err == 0:
+                return []
+            if err != -EIO or n == 0:
+                raise failure(err, &failures[0])
+            return [
+                (failures[i].block, abs(failures[i].err), failures[i].message.decode("utf-8", "replace"))
+                for i in range(min(n, most))
+            ]
+        finally:
+            free(failures)
+
+    def _pin(self, uint64_t first, uint64_t count):
+        cdef uf_failure why
+        cdef int err
+        self.ready()
+        memset(&why, 0, sizeof(why))
+        with nogil:
+            err = uf_memory_pin(self.m, first, count, &why)
+        if err:
+            raise failure(err, &why)
+
+    def _unpin(self, uint64_t first, uint64_t count):
+        cdef int err
+        self.ready()
+        with nogil:
+            err = uf_memory_unpin(self.m, first, count)
+        check(err)
+
+    @property
+    def _forked(self):
+        return bool(uf_memory_forked(self.m)) if self.m != NULL else False
 
     def _states(self, uint64_t first, uint8_t[::1] out not None):
         cdef uint64_t n = out.shape[0]
@@ -299,8 +375,10 @@ cdef class Request:
 
     @property
     def buffer(self):
-        cdef uint64_t n = self.r.length if self.r.kind == UF_REQUEST_READ else self.r.capacity
-        return PyMemoryView_FromMemory(<char *>self.r.buffer, <Py_ssize_t>n, PyBUF_WRITE)
+        cdef bint sized = self.r.kind == UF_REQUEST_READ or self.r.kind == UF_REQUEST_WRITE
+        cdef uint64_t n = self.r.length if sized else self.r.capacity
+        cdef int access = PyBUF_READ if self.r.kind == UF_REQUEST_WRITE else PyBUF_WRITE
+        return PyMemoryView_FromMemory(<char *>self.r.buffer, <Py_ssize_t>n, access)
 
     def done(self, uint64_t reply_length=0):
         cdef bint ok
@@ -348,3 +426,4 @@ cdef class Client:
 
 
 READ, LOAD, DROP, STOP = UF_REQUEST_READ, UF_REQUEST_LOAD, UF_REQUEST_DROP, UF_REQUEST_STOP
+WRITE, FLUSH = UF_REQUEST_WRITE, UF_REQUEST_FLUSH

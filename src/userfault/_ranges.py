@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from userfault.errors import RangeError
 
 if TYPE_CHECKING:
-    from userfault.memory import PagedMemory
+    from userfault._observed import ObservedMemory
 
 __all__ = ["Where", "block_runs"]
 
@@ -18,7 +18,7 @@ Where = "None | tuple[int, int] | slice | range | np.ndarray[Any, Any]"
 _MOST_PIECES = 1 << 20
 
 
-def block_runs(memory: PagedMemory, where: object) -> list[tuple[int, int]]:
+def block_runs(memory: ObservedMemory, where: object) -> list[tuple[int, int]]:
     """Return runs (first block, count) of `memory` that hold `where`, in ascending order and apart.
 
     Raises:
@@ -38,7 +38,7 @@ def block_runs(memory: PagedMemory, where: object) -> list[tuple[int, int]]:
     )
 
 
-def _byte_range(memory: PagedMemory, where: tuple[int, ...] | slice | range) -> tuple[int, int]:
+def _byte_range(memory: ObservedMemory, where: tuple[int, ...] | slice | range) -> tuple[int, int]:
     if isinstance(where, slice):
         if where.step not in (None, 1):
             raise RangeError(f"{where}: a slice of bytes has step 1")
@@ -58,12 +58,12 @@ def _byte_range(memory: PagedMemory, where: tuple[int, ...] | slice | range) -> 
     return start, stop
 
 
-def _blocks_of(memory: PagedMemory, start: int, stop: int) -> tuple[int, int]:
+def _blocks_of(memory: ObservedMemory, start: int, stop: int) -> tuple[int, int]:
     first = start // memory.block
     return first, (stop - 1) // memory.block - first + 1
 
 
-def _view_runs(memory: PagedMemory, view: Any) -> list[tuple[int, int]]:
+def _view_runs(memory: ObservedMemory, view: Any) -> list[tuple[int, int]]:
     import numpy as np
 
     array = np.asarray(view)

@@ -5,9 +5,13 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 cdef extern from "uf.h" nogil:
     enum: UF_MAX_WORKERS, UF_EXTENT, UF_BUCKETS, UF_ERRORS_KEPT
     enum: UF_STAGES
-    enum: UF_REQUEST_READ, UF_REQUEST_LOAD, UF_REQUEST_DROP, UF_REQUEST_STOP
+    enum: UF_REQUEST_READ, UF_REQUEST_LOAD, UF_REQUEST_DROP, UF_REQUEST_STOP, UF_REQUEST_WRITE, UF_REQUEST_FLUSH
     enum uf_source_kind:
         UF_SOURCE_ZERO, UF_SOURCE_MEMORY, UF_SOURCE_FILE, UF_SOURCE_WORKER
+    enum uf_store_kind:
+        UF_STORE_NONE, UF_STORE_SOURCE, UF_STORE_SCRATCH, UF_STORE_STAGED
+    enum uf_delivery:
+        UF_DELIVERY_THREAD, UF_DELIVERY_DIRECT
     enum uf_advice:
         pass
     struct uf_pager:
@@ -27,7 +31,8 @@ cdef extern from "uf.h" nogil:
         const char **worker_env
         uint64_t linger_ns, deadline_ns, backoff_ns
         unsigned attempts
-        bint user_mode_only, no_extents
+        bint user_mode_only, no_extents, no_move
+        const char *scratch_dir
     struct uf_memory_options:
         const char *name
         uint64_t nbytes, block
@@ -38,6 +43,9 @@ cdef extern from "uf.h" nogil:
         uint32_t source_id
         uint64_t budget, reserved
         bint no_readahead
+        uf_store_kind store
+        uint64_t write_unit
+        uf_delivery delivery
     struct uf_failure:
         uint64_t block
         int err
@@ -46,7 +54,7 @@ cdef extern from "uf.h" nogil:
         uint64_t block, offset, length, time_ns
         uint32_t attempts
         int err
-        bint poisoned
+        bint poisoned, write
         char message[448]
     struct uf_histogram:
         uint64_t count, sum_ns
@@ -55,7 +63,8 @@ cdef extern from "uf.h" nogil:
         uint64_t faults, duplicates, blocks_demand, blocks_readahead, blocks_prefetch
         uint64_t bytes_read, bytes_extent, evictions, retries, errors, poisoned
         uint64_t resident, resident_peak, budget
-        uf_histogram latency[4]
+        uint64_t upgrades, dirty, writebacks, bytes_written, bytes_scratch, reinstalled, write_errors
+        uf_histogram latency[5]
         uint32_t nerrors
         uf_error_record errlog[16]
     struct uf_pager_stats:
@@ -71,6 +80,9 @@ cdef extern from "uf.h" nogil:
         void *buffer
         uint64_t capacity, word
     const uf_host *uf_host_probe()
+    bint uf_direct_armed()
+    int uf_direct_arm()
+    int uf_pager_tune(uf_pager *, int, uint64_t)
     int uf_pager_create(const uf_pager_options *, uf_pager **)
     int uf_pager_shutdown(uf_pager *)
     int uf_pager_destroy(uf_pager *)
@@ -82,12 +94,17 @@ cdef extern from "uf.h" nogil:
     int uf_source_drop(uf_pager *, uint32_t)
     int uf_memory_create(uf_pager *, const uf_memory_options *, uf_memory **)
     void uf_memory_close(uf_memory *)
+    void uf_memory_close_under(uf_memory *, uint64_t)
     void uf_memory_destroy(uf_memory *)
     void *uf_memory_address(const uf_memory *)
     bint uf_memory_uses_extents(const uf_memory *)
     void uf_memory_advise(uf_memory *, uf_advice)
     int uf_memory_prefetch(uf_memory *, uint64_t, uint64_t, bint, uf_failure *)
     uint64_t uf_memory_evict(uf_memory *, uint64_t, uint64_t)
+    int uf_memory_flush(uf_memory *, uint64_t, uint64_t, uf_failure *, uint32_t, uint32_t *)
+    int uf_memory_pin(uf_memory *, uint64_t, uint64_t, uf_failure *)
+    int uf_memory_unpin(uf_memory *, uint64_t, uint64_t)
+    bint uf_memory_forked(const uf_memory *)
     void uf_memory_states(uf_memory *, uint64_t, uint64_t, uint8_t *)
     void uf_memory_stats(uf_memory *, uf_stats *)
     int uf_memory_trace(uf_memory *, uint32_t)

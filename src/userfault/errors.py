@@ -6,7 +6,8 @@ UserfaultError                       everything below; catch this to catch all o
 ├── ExportedError      BufferError     a memory was to be closed while arrays of it are alive
 ├── RangeError         IndexError      a byte range or index that is not inside the memory
 │                      ValueError
-├── ModeError          ValueError      a mode that open() does not know or does not offer
+├── ModeError          ValueError      a mode that open() does not know, or that the source does not allow
+├── OptionError        ValueError      an option of the process that is out of range here
 ├── BudgetError        ValueError      a malformed size, or a budget too small
 ├── FormatError        ValueError      data that is not what it is said to be
 │   └── TruncatedError                 ... because it ends too early
@@ -14,7 +15,9 @@ UserfaultError                       everything below; catch this to catch all o
 ├── SourcePickleError  TypeError       a source that cannot be sent to a worker process
 ├── MissingExtraError  ImportError     an optional package is not installed
 ├── SourceError        OSError         a source failed while it was opened or read
-│   └── SourceNotFoundError FileNotFoundError   ... because it is not there
+│   ├── SourceNotFoundError FileNotFoundError   ... because it is not there
+│   └── FlushError                     what was written could not all be stored
+├── ForkedError        RuntimeError    flush() of a memory that a forked child inherited
 ├── PrivilegeError     PermissionError this user may not use userfaultfd
 ├── KernelError        OSError         the kernel lacks something, or refused it
 ├── WorkerError        RuntimeError    a worker process did not start, or died
@@ -27,17 +30,21 @@ it. All of them can be pickled with their attributes, because workers send their
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
     "BudgetError",
     "ClosedError",
     "ExportedError",
+    "FlushError",
+    "ForkedError",
     "FormatError",
     "InternalError",
     "KernelError",
     "MissingExtraError",
     "ModeError",
+    "OptionError",
     "PrivilegeError",
     "RangeError",
     "SourceError",
@@ -47,6 +54,7 @@ __all__ = [
     "UnsupportedDtypeError",
     "UserfaultError",
     "WorkerError",
+    "WriteFailure",
 ]
 
 
@@ -83,7 +91,11 @@ class RangeError(UserfaultError, IndexError, ValueError):
 
 
 class ModeError(UserfaultError, ValueError):
-    """`open()` does not know this mode, or this version does not offer it."""
+    """`open()` does not know this mode, or the source does not allow it: it cannot be written, or not created."""
+
+
+class OptionError(UserfaultError, ValueError):
+    """An option of the process has a value that is out of range, or that this machine does not offer."""
 
 
 class BudgetError(UserfaultError, ValueError):
@@ -162,6 +174,58 @@ class SourceError(UserfaultError, OSError):
 
 class SourceNotFoundError(SourceError, FileNotFoundError):
     """The file, URL or array inside it does not exist."""
+
+
+@dataclass(frozen=True)
+class WriteFailure:
+    """Bytes that could not be written to where they belong. They are still in memory, and still dirty.
+
+    Attributes:
+        offset: The first of them.
+        length: How many there are.
+        detail: What the store said.
+        errno: Error number of the system, None if there was none.
+    """
+
+    offset: int
+    length: int
+    detail: str
+    errno: int | None = None
+
+
+class FlushError(SourceError):
+    """What was written could not all be stored. The ranges that failed stay in memory; the next flush tries again.
+
+    `offset`, `length`, `detail` and `errno` are those of the first failure.
+
+    Attributes:
+        failures: The ranges that failed, in ascending order, adjacent blocks with one cause taken together. Empty if
+            all were written, but could not be made durable (a sync or a commit failed).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        source_name: str = "",
+        failures: tuple[WriteFailure, ...] = (),
+        detail: str = "",
+        errno: int | None = None,
+    ) -> None:
+        first = failures[0] if failures else None
+        super().__init__(
+            message,
+            source_name=source_name,
+            offset=first.offset if first else None,
+            length=first.length if first else None,
+            detail=first.detail if first else detail,
+            errno=first.errno if first else errno,
+        )
+        self.failures = failures
+
+
+class ForkedError(UserfaultError, RuntimeError):
+    """A forked child cannot write back a memory that it inherited: its changes are its own, the parent has the rest."""
 
 
 class KernelError(UserfaultError, OSError):

@@ -4,10 +4,13 @@
   of the RAM.
 - `USERFAULT_WORKERS`: most worker processes for sources written in Python. Default: one per usable CPU,
   at most 8.
-- `USERFAULT_SCRATCH`: folder where compressed files are expanded, into files that are unlinked at once.
-  Default: `/var/tmp`, else the temporary folder of the system.
+- `USERFAULT_SCRATCH`: folder of scratch files, which have no name: compressed files are expanded there, and changes
+  wait there (mode `"c"`, `empty`, `zeros`, transactional stores). Default: `/var/tmp`, else the temporary folder of the
+  system.
 - `XDG_CACHE_HOME`: folder of caches; what `userfault demo` makes is kept below it. Default: `~/.cache`.
-- `XDG_RUNTIME_DIR`: folder for sockets of this user. Default: none.
+- `USERFAULT_WATCH`: `1` opens the socket of `userfault watch` at the first `open`. Default: `0`.
+- `XDG_RUNTIME_DIR`: folder for sockets of this user. Default: none; they are then in a folder of the user's own below
+  the temporary folder of the system.
 
 Variables are read when they are needed, so that a program may still set them after importing userfault.
 """
@@ -20,7 +23,16 @@ from pathlib import Path
 from userfault.errors import BudgetError
 from userfault.sizes import parse_size
 
-__all__ = ["cache_dir", "cpu_count", "memory", "runtime_dir", "scratch_dir", "workers"]
+__all__ = [
+    "cache_dir",
+    "cpu_count",
+    "memory",
+    "runtime_dir",
+    "scratch_dir",
+    "socket_dirs",
+    "watch",
+    "workers",
+]
 
 _MOST_DEFAULT_WORKERS = 8
 
@@ -65,9 +77,12 @@ def scratch_dir() -> str:
         return chosen
     if os.access("/var/tmp", os.W_OK | os.X_OK):
         return "/var/tmp"
-    import tempfile
+    return _temporary_dir()
 
-    return tempfile.gettempdir()
+
+def watch() -> bool:
+    """Return whether `USERFAULT_WATCH` asks for the socket of `userfault watch`: set, and not to `0` or `no`."""
+    return os.environ.get("USERFAULT_WATCH", "").strip().lower() not in ("", "0", "no", "off", "false")
 
 
 def cache_dir() -> Path:
@@ -81,3 +96,25 @@ def runtime_dir() -> Path | None:
     """Return the folder for sockets of this user, None if the system has none."""
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     return Path(base) if os.path.isabs(base) else None
+
+
+def socket_dirs(uid: int | None = None) -> list[Path]:
+    """Return the folders where the sockets of a user's processes may be; they may not exist yet.
+
+    Args:
+        uid: The user; None for this one. A process of this user makes its socket in the first of its folders.
+    """
+    own = os.geteuid()
+    user = own if uid is None else uid
+    runtime = runtime_dir() if user == own else None
+    found = [runtime / "userfault"] if runtime is not None and os.path.isdir(runtime) else []
+    found.append(Path(_temporary_dir()) / f"userfault-{user}")
+    # Where systemd puts the runtime folder: for a process that was started with other variables than this one.
+    usual = Path("/run/user", str(user), "userfault")
+    return found if usual in found else [*found, usual]
+
+
+def _temporary_dir() -> str:
+    import tempfile
+
+    return tempfile.gettempdir()

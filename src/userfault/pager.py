@@ -12,6 +12,7 @@ import pickle
 import sys
 import threading
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, SupportsIndex
 
 from userfault import _engine, options
@@ -19,6 +20,7 @@ from userfault._cgroups import memory_limit
 from userfault.errors import (
     InternalError,
     KernelError,
+    OptionError,
     PrivilegeError,
     SourceError,
     UserfaultError,
@@ -30,7 +32,7 @@ from userfault.sources._pickle import dumps
 if TYPE_CHECKING:
     from userfault.sources._abc import Description, Recipe
 
-__all__ = ["PagerStats", "default_limit", "limit", "pager_stats", "shutdown"]
+__all__ = ["PagerStats", "default_limit", "fault_thread", "limit", "pager_stats", "shutdown"]
 
 _SECOND = 1_000_000_000
 _LINGER_NS = 5 * _SECOND
@@ -38,6 +40,8 @@ _READ_DEADLINE_NS = 60 * _SECOND
 _LOAD_DEADLINE_NS = 300 * _SECOND
 _ATTEMPTS = 4
 _BACKOFF_NS = 50_000_000
+_MOST_SPIN_US = 1000
+_MOST_CPUS = 1 << 16  # more than the kernel has
 
 _lock = threading.Lock()
 _pager: _engine.Pager | None = None
@@ -109,6 +113,7 @@ def get() -> _engine.Pager:
                 deadline_ns=_READ_DEADLINE_NS,
                 attempts=_ATTEMPTS,
                 backoff_ns=_BACKOFF_NS,
+                scratch_dir=os.fsencode(options.scratch_dir()),
             )
         return _pager
 
@@ -135,6 +140,34 @@ def limit(size: SupportsIndex | str | None = None) -> int:
     if _limit is not None:
         return _limit
     return _pager.stats()["limit"] if _pager is not None else default_limit()
+
+
+def fault_thread(*, cpu: SupportsIndex | None = None, spin_us: float = 0.0) -> None:
+    """Choose where the thread that resolves faults runs, and how long it looks for the next fault before it sleeps.
+
+    For arrays with `delivery="thread"` that are read by a thread which is pinned itself: a fault thread on the same CPU
+    answers several times as fast as one on a CPU that must be woken first. Each call sets both; without arguments it is
+    as at first. docs/performance.md has figures, and advice.
+
+    Args:
+        cpu: The number of a CPU; None: wherever the scheduler puts it.
+        spin_us: Microseconds, 0 to 1000, for which it keeps its CPU busy after each fault, in case that another comes.
+
+    Raises:
+        OptionError: This process may not use that CPU, or `spin_us` is out of range.
+    """
+    number = -1 if cpu is None else index(cpu)
+    if cpu is not None and number < 0:
+        raise OptionError(f"cpu={number} is no CPU; give the number of one, from 0, or None for any")
+    if not 0 <= spin_us <= _MOST_SPIN_US:
+        raise OptionError(f"spin_us={spin_us!r} is not a time from 0 to {_MOST_SPIN_US} microseconds")
+    try:
+        get().tune(min(number, _MOST_CPUS), round(spin_us * 1000))
+    except _engine.EngineError as error:
+        if error.errno != errno.EINVAL:
+            raise engine_error(error, "fault_thread") from None
+        allowed = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
+        raise OptionError(f"cpu={number}: this process may not use that CPU; it runs on {allowed}") from None
 
 
 def shutdown() -> bool:
@@ -235,6 +268,13 @@ def engine_error(error: _engine.EngineError, what: str) -> UserfaultError:
             f"{what}: the kernel has no address space or memory for it ({detail}); see vm.max_map_count, ulimit -v and "
             "vm.overcommit_memory",
             call="mmap",
+            errno=number,
+        )
+    if number == errno.EOPNOTSUPP:
+        return KernelError(
+            f"{what}: this kernel's userfaultfd lacks what this needs ({detail}): write protection (Linux 5.7) for "
+            "memory that can be written, UFFD_FEATURE_SIGBUS for delivery='direct'",
+            call="UFFDIO_API",
             errno=number,
         )
     if number in (errno.EMFILE, errno.ENFILE):

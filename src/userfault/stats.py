@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["ErrorRecord", "Histogram", "MemoryStats"]
 
-STAGES = ("queue", "source", "install", "fault")
+STAGES = ("queue", "source", "install", "fault", "write")
 
 
 def _bucket_bounds(bucket: int) -> tuple[int, int]:
@@ -62,7 +62,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class ErrorRecord:
-    """A read of the source that failed for good.
+    """A read of the source, or a write to it, that failed for good.
 
     Attributes:
         block: Number of the block.
@@ -70,8 +70,9 @@ class ErrorRecord:
         length: Its length in bytes.
         attempts: How often it was tried.
         detail: What the source said.
-        poisoned: Whether the block is poisoned (a fault waited for it); else it is just absent.
+        poisoned: Whether the block is poisoned (a fault waited for it); else it is just absent, or still dirty.
         time_ns: When, in nanoseconds since the epoch.
+        write: Whether it was a write: the block stays dirty and resident, and the next flush tries again.
     """
 
     block: int
@@ -81,6 +82,7 @@ class ErrorRecord:
     detail: str
     poisoned: bool
     time_ns: int
+    write: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,16 @@ class MemoryStats:
         retries: Reads that failed and were tried again.
         error_count: Reads that failed for good.
         poisoned_blocks: Blocks that are poisoned now.
+        write_errors: Writes to the source, or to scratch, that failed for good.
         errors: The newest of these failures, oldest first.
-        latency: Histograms by stage: `queue` (fault read to source asked), `source`, `install` and `fault` (read to
-            woken).
+        upgrades: First writes to clean blocks: each is one fault more.
+        dirty_bytes: Bytes that were written to, and are not yet where they belong.
+        blocks_written: Blocks written back, to the source or to scratch.
+        bytes_written: Their bytes, before compression.
+        scratch_bytes: Bytes of scratch in use now, after compression.
+        reinstalled: Blocks that were touched again while they were being written back.
+        latency: Histograms by stage: `queue` (fault read to source asked), `source`, `install`, `fault` (read to
+            woken) and `write` (one write to the source or to scratch).
     """
 
     faults: int
@@ -121,7 +130,14 @@ class MemoryStats:
     retries: int
     error_count: int
     poisoned_blocks: int
+    write_errors: int
     errors: tuple[ErrorRecord, ...]
+    upgrades: int
+    dirty_bytes: int
+    blocks_written: int
+    bytes_written: int
+    scratch_bytes: int
+    reinstalled: int
     latency: dict[str, Histogram]
 
     @property
@@ -151,6 +167,7 @@ def from_engine(raw: dict[str, Any]) -> MemoryStats:
             detail=_text(error["message"]),
             poisoned=bool(error["poisoned"]),
             time_ns=error["time_ns"],
+            write=bool(error["write"]),
         )
         for error in raw["errlog"][: raw["nerrors"]]
     )
@@ -169,7 +186,14 @@ def from_engine(raw: dict[str, Any]) -> MemoryStats:
         retries=raw["retries"],
         error_count=raw["errors"],
         poisoned_blocks=raw["poisoned"],
+        write_errors=raw["write_errors"],
         errors=errors,
+        upgrades=raw["upgrades"],
+        dirty_bytes=raw["dirty"],
+        blocks_written=raw["writebacks"],
+        bytes_written=raw["bytes_written"],
+        scratch_bytes=raw["bytes_scratch"],
+        reinstalled=raw["reinstalled"],
         latency={
             stage: Histogram(h["count"], h["sum_ns"], tuple(h["buckets"]))
             for stage, h in zip(STAGES, raw["latency"], strict=True)

@@ -35,12 +35,6 @@ class Failing(Numbers):
         raise LookupError("no length today")
 
 
-@pytest.mark.parametrize("mode", ["r+", "c", "w+"])
-def test_modes_of_a_later_version(mode: str) -> None:
-    with pytest.raises(errors.ModeError, match="not in this version yet"):
-        userfault.open(ARRAY, mode)
-
-
 def test_modes_that_are_not_known() -> None:
     with pytest.raises(errors.ModeError, match=r"'x' is not known; the modes are 'r', 'r\+', 'c' and 'w\+'"):
         userfault.open(ARRAY, "x")

@@ -37,7 +37,7 @@ def test_json_has_every_finding() -> None:
     done = run_cli("doctor", "--json")
     values = json.loads(done.stdout)
     by_name = {finding["name"]: finding for finding in values["findings"]}
-    assert {"arrays", "worker processes", "userfaultfd", "missing pages", "MOVE", "WP_MATCHING"} <= set(
+    assert {"arrays", "worker processes", "direct delivery", "userfaultfd", "missing pages", "MOVE"} <= set(
         by_name
     )
     assert done.returncode == (0 if values["usable"] else 1)
@@ -51,6 +51,10 @@ def test_the_table_says_what_works_and_ends_with_a_verdict() -> None:
     done = run_cli("doctor")
     for text in ("since", "here", "what it is for", "missing pages", "Traps page faults of"):
         assert text in done.stdout
+    works = {
+        line.split()[0]: " yes " in line for line in done.stdout.splitlines() if "open(delivery=" in line
+    }
+    assert ("a system call on a page that is missing" in " ".join(done.stdout.split())) is works["direct"]
     for text in ("UFFDIO_WAKE", "PAGEFAULT_FLAG_WP", "private"):
         assert text not in done.stdout
     verdict = done.stdout.strip().splitlines()[-1]

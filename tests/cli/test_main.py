@@ -21,7 +21,7 @@ from userfault.errors import BudgetError
 def test_help_names_every_command_in_its_group() -> None:
     done = run_cli("--help")
     assert done.returncode == 0
-    for text in ("Try it", "demo", "Look into things", "info", "doctor", "version", "Exit codes"):
+    for text in ("Try it", "demo", "Look into things", "info", "watch", "doctor", "version", "Exit codes"):
         assert text in done.stdout
     assert "Traceback" not in done.stderr
 
@@ -37,7 +37,7 @@ def test_no_arguments_is_a_request_for_help() -> None:
     assert "Usage: userfault" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["demo", "info", "doctor", "version"])
+@pytest.mark.parametrize("name", ["demo", "info", "watch", "doctor", "version"])
 def test_every_command_has_help_and_json(name: str) -> None:
     done = run_cli(name, "--help")
     assert done.returncode == 0

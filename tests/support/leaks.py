@@ -25,7 +25,7 @@ PYTHON_POOLS = (
     "rich",
 )
 NATIVE_POOLS = (
-    "tokio-rt-worker",  # obstore
+    "tokio-rt-worker",  # obstore, icechunk
     "tokio-runtime-w",
     "ts_",  # tensorstore
     "grpc",
@@ -38,6 +38,7 @@ POOL_LIBRARIES = (
     "zarr",
     "fsspec",
     "obstore",
+    "icechunk",
     "tensorstore",
     "numpy",
     "scipy",

@@ -27,6 +27,8 @@ def own_pager(
     backoff_ns: int = 1_000_000,
     user_mode_only: bool = False,
     no_extents: bool = False,
+    no_move: bool = False,
+    scratch_dir: str | None = None,
 ) -> Iterator[_engine.Pager]:
     """Have new memories served by a pager with these options, until the end of the block.
 
@@ -43,6 +45,8 @@ def own_pager(
         backoff_ns=backoff_ns,
         user_mode_only=user_mode_only,
         no_extents=no_extents,
+        no_move=no_move,
+        scratch_dir=None if scratch_dir is None else os.fsencode(scratch_dir),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pager, "_pager", own)

@@ -62,6 +62,9 @@ def local_target(location: Location, request: Request) -> Target:
 
 def expanded(reader: RangeReader, name: str, request: Request) -> Target:
     """Return what to map for a file that is expanded first."""
+    request.refuse_write(
+        name, "is compressed or cannot be read in ranges, so no part of it can be replaced: unpack it first"
+    )
     fd = open_scratch()
     request.stack.callback(os.close, fd)
     raw = request.format == "raw" or (request.format is None and request.dtype is not None)

@@ -11,13 +11,23 @@ from typing import Any, Literal, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from userfault.arrays._create import create
 from userfault.arrays._local import local_target
 from userfault.arrays._remote import expanded_url_target, url_target
-from userfault.arrays._request import Format, Request, Target, check_format, check_mode
+from userfault.arrays._request import (
+    Format,
+    Request,
+    Target,
+    check_delivery,
+    check_format,
+    check_mode,
+    check_sizes,
+)
 from userfault.arrays._tensors import TensorFile
 from userfault.arrays._view import view_of
-from userfault.errors import RangeError
-from userfault.memory import PagedMemory
+from userfault.arrays._watch import be_watched
+from userfault.errors import ModeError, RangeError
+from userfault.memory import Delivery, PagedMemory
 from userfault.sources._abc import Description
 from userfault.sources._dtypes import as_dtype, dtype_from_text
 from userfault.sources._expand import MustExpandError
@@ -47,8 +57,10 @@ def open(
     format: Format | None = None,
     storage_options: Mapping[str, Any] | None = None,
     client: Client | None = None,
+    delivery: Delivery | None = None,
+    chunks: SupportsIndex | Iterable[SupportsIndex] | None = None,
 ) -> Any:
-    """Open an array of any size and origin as a plain, read-only `numpy.ndarray`, paged in when touched.
+    """Open an array of any size and origin as a plain `numpy.ndarray`, paged in when touched.
 
     Args:
         source: What to open. A path or URL (through obstore or fsspec: `s3://`, `https://`, `memory://`, ...)
@@ -56,7 +68,11 @@ def open(
             `.lz4`), or of a Zarr array (`"climate.zarr/t2m"`). Or an object: an array of zarr, h5py or
             tensorstore, anything with `shape`, `dtype` and slicing, a NumPy array, a buffer, or a
             `PageSource`.
-        mode: `"r"`. The other modes of `numpy.memmap` come in a later version.
+        mode: As in `numpy.memmap`. `"r"`: read-only. `"r+"`: changes go back to the source, when their block is
+            evicted, by `flush()` and `close()` of the memory, and when the array goes. `"c"`: changes are private to
+            this process, and move to a scratch file when the budget asks for it. `"w+"`: creates a raw or `.npy` file,
+            a Zarr array, or (a URL that ends with `/`) an array of one object for each block, of `dtype` and `shape`
+            and in the place of what was there, then as `"r+"`.
         memory: Most bytes of it to keep resident, or text such as `"256 MiB"`; None shares
             `userfault.limit()`.
         dtype: Type of the elements of a raw file, a buffer, or a `PageSource` that does not say.
@@ -70,13 +86,18 @@ def open(
         format: `"npy"`, `"safetensors"`, `"raw"` or `"zarr"`, if the name and first bytes do not tell.
         storage_options: Credentials, endpoints and the like for the library that reads a URL.
         client: That library, `"obstore"` or `"fsspec"`; None to choose.
+        delivery: Who resolves a fault: a `"thread"` of the engine (None means that, too), or `"direct"`ly the thread
+            that faults, inside a handler of SIGBUS: quicker, but system calls on missing pages get EFAULT
+            (docs/performance.md says when it pays).
+        chunks: Shape of the chunks of a Zarr array that mode `"w+"` creates; None for about 1 MiB that lie together in
+            memory.
 
     Returns:
         The array. Its memory (`userfault.memory_of`) lives as long as any view of it. For a `.safetensors`
         file a mapping of names to arrays, all in one memory. An array without elements has no memory.
 
     Raises:
-        ModeError: The mode is not known, or not in this version.
+        ModeError: The mode is not known, or the source cannot be written or created.
         SourceNotFoundError: Nothing is there.
         FormatError: It is not an array, or not what it is said to be.
         TruncatedError: It ends before its array does.
@@ -93,9 +114,12 @@ def open(
         >>> float(a[2:5].sum())
         9.0
     """
-    check_mode(mode)
+    known_mode, how = check_mode(mode), check_delivery(delivery)
+    if chunks is not None and known_mode != "w+":
+        raise ModeError(f"mode {mode!r}: chunks= is for mode 'w+', which creates; leave it out")
     if isinstance(offset, bool) or operator.index(offset) < 0:
         raise RangeError(f"offset={offset!r} is not a number of bytes from the beginning")
+    be_watched()
     with contextlib.ExitStack() as stack:
         request = Request(
             dtype=None if dtype is None else as_dtype(dtype),
@@ -106,14 +130,22 @@ def open(
             storage_options=storage_options,
             client=client,
             stack=stack,
+            mode=known_mode,
         )
 
         def mapped(target: Target) -> Any:
-            return _map(target, name, memory, block, readahead)
+            return _map(target, request, name, memory, block, readahead, how)
 
         if not isinstance(source, str | os.PathLike):
             return mapped(_object_target(source, request))
         location = Location.parse(source, storage_options, client)
+        if known_mode == "w+":
+            # What is there goes. Whatever is wrong with the other arguments is to be said before.
+            check_sizes(memory, block)
+            created = create(location, request, chunks, block)
+            if isinstance(created, Target):
+                return mapped(created)
+            request = created
         if location.is_local:
             return mapped(local_target(location, request))
         try:
@@ -124,7 +156,10 @@ def open(
 
 def _object_target(source: Any, request: Request) -> Target:
     name = type(source).__name__
+    if request.mode == "w+":
+        raise ModeError(f"mode 'w+' creates a file or a Zarr array: give a path or URL, not {name}")
     if isinstance(source, np.ndarray):
+        request.refuse_write("a NumPy array", "is memory already: write to it")
         request.refuse_raw("a NumPy array")
         data, layout = array_data(source)
         request.refuse_order("this array", layout.order)
@@ -132,45 +167,60 @@ def _object_target(source: Any, request: Request) -> Target:
     # What lies in memory already needs no worker; but a source or an HDF5 dataset may export something else,
     # too.
     if is_buffer(source):
+        request.refuse_write(f"{name}, a buffer,", "is memory already: write to it")
         content = buffer_bytes(source)
         layout = request.raw_layout(content.nbytes, name)
         return Target(MemoryData(content, layout.offset, layout.nbytes), name, layout)
     text = request.raw_options().dtype
-    found, known = object_data(source, text, request.shape, request.order)
+    found, known = object_data(
+        source, text, request.shape, request.order, "r+" if request.writes_back else "r"
+    )
     return Target(found, name, known)
 
 
 def _map(
     target: Target,
+    request: Request,
     name: str | None,
     budget: SupportsIndex | str | None,
     block: SupportsIndex | str | None,
     readahead: bool,
+    delivery: Delivery,
 ) -> Any:
     """Map what was found, and return the array or arrays in it."""
     name = target.name if name is None else name
-    data = target.data
+    data, writable = target.data, request.mode != "r"
     if isinstance(data, WorkerData):
-        data = WorkerData(NotEmptyRecipe(data.recipe))
+        data = WorkerData(NotEmptyRecipe(request.recipe(data.recipe)))
     elif data.nbytes == 0:
-        return _arrays(None, target, name, None)
+        return _arrays(None, target, name, None, writable)
     try:
-        memory = PagedMemory(data, name=name, memory=budget, block=block, readahead=readahead)
+        memory = PagedMemory(
+            data,
+            name=name,
+            memory=budget,
+            block=block,
+            readahead=readahead,
+            mode=request.mode,
+            delivery=delivery,
+        )
     except NothingToMapError as nothing:
-        return _arrays(None, target, name, nothing.description)
-    return _arrays(memory, target, name, memory.description)
+        return _arrays(None, target, name, nothing.description, writable)
+    return _arrays(memory, target, name, memory.description, writable)
 
 
-def _arrays(memory: PagedMemory | None, target: Target, name: str, description: Description | None) -> Any:
+def _arrays(
+    memory: PagedMemory | None, target: Target, name: str, description: Description | None, writable: bool
+) -> Any:
     table, layout = target.table, target.layout
     if description is not None:
         table = table_of(description.extra)
         layout = _layout_of(description)
     if table is not None:
-        return TensorFile(memory, table, name)
+        return TensorFile(memory, table, name, writable)
     assert layout is not None
     # The memory begins with the array, wherever that is in the file.
-    return view_of(memory, ArrayLayout(layout.dtype, layout.shape, layout.order, 0))
+    return view_of(memory, ArrayLayout(layout.dtype, layout.shape, layout.order, 0), writable)
 
 
 def _layout_of(description: Description) -> ArrayLayout:

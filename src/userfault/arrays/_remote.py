@@ -57,6 +57,9 @@ def expanded_url_target(location: Location, request: Request) -> Target:
 
 
 def _memory_target(location: Location, request: Request) -> Target:
+    request.refuse_write(
+        location.url, "is in the memory of this process, which no worker process can write to"
+    )
     content = None if request.format == "zarr" else copy_file(location)
     if content is None:
         from userfault.sources._stores._dict import DictStore

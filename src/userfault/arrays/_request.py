@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 
+from userfault._blocks import block_size
 from userfault.errors import FormatError, ModeError
-from userfault.sources._abc import Order
+from userfault.memory import Delivery, Mode
+from userfault.sizes import parse_size
+from userfault.sources._abc import Order, Recipe
 from userfault.sources._dtypes import dtype_to_text
 from userfault.sources._layout import ArrayLayout, raw_layout
 from userfault.sources._location import Client
@@ -19,11 +23,11 @@ from userfault.sources._remote_file import RawOptions
 from userfault.sources._safetensors import TensorTable
 from userfault.sources._worker_data import WorkerData
 
-__all__ = ["Format", "Request", "Target", "check_format", "check_mode"]
+__all__ = ["Format", "Request", "Target", "check_delivery", "check_format", "check_mode", "check_sizes"]
 
 Format = Literal["npy", "safetensors", "raw", "zarr"]
 _FORMATS = ("npy", "safetensors", "raw", "zarr")
-_WRITE_MODES = ("r+", "c", "w+")
+_MODES: tuple[Mode, ...] = ("r", "r+", "c", "w+")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Request:
         storage_options: For the library that reads a URL.
         client: That library.
         stack: Closed when the memory is made: what is needed no longer than that.
+        mode: What will be done with it; `"w+"` means that it was created a moment ago.
     """
 
     dtype: np.dtype[Any] | None
@@ -49,6 +54,30 @@ class Request:
     storage_options: Mapping[str, Any] | None
     client: Client | None
     stack: contextlib.ExitStack
+    mode: Mode = "r"
+
+    @property
+    def writes_back(self) -> bool:
+        """Whether changes are to go back to the source."""
+        return self.mode in ("r+", "w+")
+
+    def refuse_write(self, what: str, why: str) -> None:
+        """Check that nobody wants to write `what` back, which cannot be.
+
+        Raises:
+            ModeError: Somebody does.
+        """
+        if self.writes_back:
+            raise ModeError(
+                f"mode {self.mode!r}: {what} {why}. Mode 'c' keeps changes private to this process"
+            )
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """Return `recipe` for this mode. What it makes in the worker tells whether it can be written."""
+        known: Any = recipe
+        if self.writes_back and any(field.name == "mode" for field in dataclasses.fields(known)):
+            known = dataclasses.replace(known, mode="r+")
+        return known  # type: ignore[no-any-return]
 
     def refuse_raw(self, what: str) -> None:
         """Check that nothing was said of raw bytes about `what`, which speaks for itself.
@@ -101,21 +130,40 @@ class Target:
     table: TensorTable | None = None
 
 
-def check_mode(mode: str) -> None:
-    """Check that `mode` is one that this version has.
+def check_mode(mode: str) -> Mode:
+    """Return a mode.
 
     Raises:
-        ModeError: It is not.
+        ModeError: It is not known.
     """
-    if mode in _WRITE_MODES:
-        raise ModeError(
-            f"mode {mode!r}: arrays that can be written are not in this version yet, only 'r' is; until "
-            "then, copy the array (numpy.array(a)), or use numpy.memmap for a local file"
-        )
-    if mode != "r":
-        raise ModeError(
-            f"mode {mode!r} is not known; the modes are 'r', 'r+', 'c' and 'w+', as in numpy.memmap"
-        )
+    for known in _MODES:
+        if mode == known:
+            return known
+    raise ModeError(f"mode {mode!r} is not known; the modes are 'r', 'r+', 'c' and 'w+', as in numpy.memmap")
+
+
+def check_delivery(delivery: str | None) -> Delivery:
+    """Return a delivery; `"thread"` for None.
+
+    Raises:
+        ModeError: It is not known.
+    """
+    if delivery is None or delivery == "thread":
+        return "thread"
+    if delivery == "direct":
+        return "direct"
+    raise ModeError(f"delivery={delivery!r} is not known; give 'thread' or 'direct'")
+
+
+def check_sizes(memory: SupportsIndex | str | None, block: SupportsIndex | str | None) -> None:
+    """Check what can be checked of the sizes before anything is opened.
+
+    Raises:
+        BudgetError: One of them is no size.
+    """
+    if memory is not None:
+        parse_size(memory, what="memory")
+    block_size(block)
 
 
 def check_format(value: str | None) -> Format | None:

@@ -16,12 +16,16 @@ __all__ = ["TensorFile"]
 
 
 class TensorFile(Mapping[str, np.ndarray[Any, Any]]):
-    """Names to read-only arrays. An array is made when it is asked for, its pages are read when touched.
+    """Names to arrays. An array is made when it is asked for, its pages are read when touched.
+
+    The mapping itself never changes: names, types and shapes are those of the file. In modes `"r+"` and `"c"` the
+    elements of the arrays can be written.
 
     Args:
         memory: The memory of all tensors, None if none of them has a byte.
         table: The tensors.
         name: What the file is called.
+        writable: Whether the arrays are.
 
     Attributes:
         memory: The memory of all tensors, None if none of them has a byte.
@@ -33,11 +37,14 @@ class TensorFile(Mapping[str, np.ndarray[Any, Any]]):
         >>> weights["embeddings.word_embeddings.weight"][101]  # doctest: +SKIP
     """
 
-    def __init__(self, memory: PagedMemory | None, table: TensorTable, name: str) -> None:
+    def __init__(
+        self, memory: PagedMemory | None, table: TensorTable, name: str, writable: bool = False
+    ) -> None:
         self.memory = memory
         self.metadata: Mapping[str, str] = dict(table.metadata)
         self.name = name
         self._tensors = table.tensors
+        self._writable = writable
 
     def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
         """Return the tensor `name`.
@@ -49,7 +56,7 @@ class TensorFile(Mapping[str, np.ndarray[Any, Any]]):
         """
         info = self._tensors[name]
         layout = ArrayLayout(tensor_dtype(name, info), info.shape, "C", info.start)
-        return view_of(self.memory, layout)
+        return view_of(self.memory, layout, self._writable)
 
     def __iter__(self) -> Iterator[str]:
         """Go through the names, in the order of the file."""

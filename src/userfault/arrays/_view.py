@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 __all__ = ["view_of"]
 
 
-def view_of(memory: PagedMemory | None, layout: ArrayLayout) -> np.ndarray[Any, Any]:
-    """Return the array at `layout` in `memory`, read-only; it keeps the memory alive.
+def view_of(memory: PagedMemory | None, layout: ArrayLayout, writable: bool) -> np.ndarray[Any, Any]:
+    """Return the array at `layout` in `memory`, writable as the memory is; it keeps the memory alive.
 
-    An array without elements has no memory to keep.
+    An array without elements has no memory to keep: `writable` is what it says of itself.
     """
     if memory is None or layout.nbytes == 0:
         array: np.ndarray[Any, Any] = np.empty(layout.shape, layout.dtype, order=layout.order)
-        array.flags.writeable = False
+        array.flags.writeable = writable
         return array
     # np.ndarray(buffer=...) would keep the memory alive too, but not its buffer exported: close() could not
     # tell that an array is still there.

@@ -89,5 +89,5 @@ def opened(url: str, raw: RawOptions, memory: int | str | None = None) -> Iterat
         yield Opened(arrays, paged)
     finally:
         if paged is not None:
-            # Nobody reads the arrays after this, and a traceback may keep them alive.
-            paged.close(force=True)
+            # As by force, but nobody reads the arrays after this: a traceback may keep them alive.
+            paged._close(quiet=True)

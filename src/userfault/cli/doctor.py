@@ -28,13 +28,24 @@ assert array[200_000] == 200_000 and int(array[::1024].sum()) == int(origin[::10
 """
 _TRIAL_SECONDS = 60
 _ARRAYS = {
-    "arrays": (Level.REQUIRED, "userfault.open of files and memory", "origin"),
+    "arrays": (Level.REQUIRED, "4.3", "userfault.open of files and memory", "origin"),
     "worker processes": (
         Level.USED,
+        "4.3",
         "sources in Python: Zarr, URLs, your own",
         "userfault.cli._trial_source.Counting(1 << 18)",
     ),
+    "direct delivery": (
+        Level.USED,
+        "4.14",
+        "open(delivery='direct')",
+        "origin, delivery='direct'",
+    ),
 }
+_SYSTEM_CALLS = """\
+With delivery='direct' a system call on a page that is missing, or clean and to be
+written, gets EFAULT ("Bad address"): populate() first, or use delivery='thread'.
+"""
 _ACCESS = {
     Access.FULL: "Traps page faults of [bold]its own and of system calls[/bold], through",
     Access.USER_MODE: "Traps page faults of [bold]its own only[/bold], not of system calls, through",
@@ -72,10 +83,10 @@ def doctor(*, everything: AllOption = False, as_json: JsonOption = False, debug:
 
 def _try_arrays(report: KernelReport) -> list[Finding]:
     findings = []
-    for name, (level, enables, source) in _ARRAYS.items():
+    for name, (level, since, enables, source) in _ARRAYS.items():
         status, evidence, fix = _try_array(report, source)
         findings.append(
-            Finding(name, Group.ABILITY, "", "4.3", level, Negotiation.CALLED, enables, status, evidence, fix)
+            Finding(name, Group.ABILITY, "", since, level, Negotiation.CALLED, enables, status, evidence, fix)
         )
     return findings
 
@@ -118,6 +129,9 @@ def _print(report: KernelReport, *, everything: bool) -> None:
         first = level is Level.REQUIRED
         console.print(findings_table(title, group, headings=first, first_width=width))
         console.print()
+    direct = next(finding for finding in abilities if finding.name == "direct delivery")
+    if direct.status is Status.WORKS:
+        console.print(_SYSTEM_CALLS, highlight=False)
     if everything:
         _print_details(console, report)
     shown = report.findings if everything else abilities

@@ -1,0 +1,1 @@
+"""The parts of `userfault watch`: the other end of the socket that a watched process opens."""
