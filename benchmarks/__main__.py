@@ -13,7 +13,18 @@ from pathlib import Path
 from benchmarks import machine, table
 from benchmarks.harness import Comparison, Row, Scale, run
 
-GROUPS = ("faults", "scans", "lookups", "startup", "peers", "kernel")
+GROUPS = (
+    "faults",
+    "delivery",
+    "writing",
+    "workers",
+    "scans",
+    "lookups",
+    "replacement",
+    "startup",
+    "peers",
+    "kernel",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     last_source = ""
     for group, comparison in chain([first], chosen):
-        for row in run(group, comparison, scale.repeats):
+        for row in run(group, comparison, scale.repeats, realtime=options.realtime):
             if row.source != last_source:
                 print(table.source(row))
                 last_source = row.source
@@ -51,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(row)
     print(table.summary(rows))
     if options.json is not None:
-        command = " ".join(["python -m benchmarks", *(["--quick"] if options.quick else []), *options.rows])
+        flags = [f"--{name}" for name in ("quick", "realtime") if getattr(options, name)]
+        command = " ".join(["python -m benchmarks", *flags, *options.rows])
         options.json.write_text(table.as_json(facts, rows, command) + "\n")
         print(f"written: {options.json}")
     return 1 if any(row.verdict == "FAILED" for row in rows) else 0
@@ -88,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="tiny sizes: to see that it runs, not to measure"
     )
     parser.add_argument("--repeats", type=int, help="repetitions of each side (default: 5)")
+    parser.add_argument(
+        "--realtime",
+        action="store_true",
+        help="measure ahead of all other programs (SCHED_FIFO; needs root): for short rows on a busy machine",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="where test data is kept (default: the user's cache)"

@@ -4,7 +4,6 @@ All of it on one CPU: there the handler runs where the fault happened, and what 
 work. Across CPUs both sides pay the same wake-up (60-130 µs on a virtual machine), which would hide it.
 """
 
-import ctypes
 import json
 import mmap
 import subprocess
@@ -13,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks import machine, native
+from benchmarks import machine, native, touching
 from benchmarks.child import Measure, Sample
 from benchmarks.harness import Comparison, Reference, Scale, Side, at_least, at_most
 
 PAGE = mmap.PAGESIZE
 KIB = 1024
 MIB = 1024 * KIB
+PASSES = 5
 
 
 def comparisons(scale: Scale) -> Iterator[Comparison]:
@@ -67,6 +67,25 @@ def comparisons(scale: Scale) -> Iterator[Comparison]:
         one_cpu=True,
     )
 
+    for delivery in ("thread", "direct"):
+        arguments = {"nbytes": nbytes, "block": 64 * KIB, "library": touch, "delivery": delivery}
+        yield Comparison(
+            name=f"budget-{delivery}",
+            unit="GB/s",
+            ours=Side("benchmarks.faults:random_blocks", {**arguments, "budget": nbytes // 4}),
+            references=(
+                # Eviction costs at most 35 % of the throughput.
+                Reference(
+                    "no-eviction",
+                    Side("benchmarks.faults:random_blocks", {**arguments, "budget": 2 * nbytes}),
+                    at_least(0.65),
+                ),
+            ),
+            source=f"memory source, random faults of 64 KiB over {nbytes // MIB} MiB within a budget of a quarter, "
+            f"against a budget for all of it, delivery {delivery!r}; what was loaded, best of {PASSES} passes",
+            one_cpu=True,
+        )
+
 
 @contextmanager
 def bare(command: list[str], scale_by: float) -> Iterator[Measure]:
@@ -83,47 +102,21 @@ def bare(command: list[str], scale_by: float) -> Iterator[Measure]:
     yield measure
 
 
-class Touched(ctypes.Structure):
-    """`struct touch_result` of `bare/touch.h`."""
-
-    _fields_ = (
-        ("mean_ns", ctypes.c_double),
-        ("p50_ns", ctypes.c_double),
-        ("p99_ns", ctypes.c_double),
-        ("checksum", ctypes.c_uint64),
-    )
-
-
 @contextmanager
-def random_faults(pages: int, library: str) -> Iterator[Measure]:
+def random_faults(pages: int, library: str, delivery: Any = "thread") -> Iterator[Measure]:
     """Touches every page once, in random order, by the same C loop as the bare program."""
     import userfault
 
-    source = _source(pages * PAGE)
-    source[:: PAGE // 8] = _counting(pages)
-    expected = int(source[:: PAGE // 8].sum())
-    touch = ctypes.CDLL(library).touch
-    touch.argtypes = (
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_size_t,
-        ctypes.c_uint64,
-        ctypes.POINTER(Touched),
-    )
+    source, expected = touching.numbered(pages)
 
     def measure(repetition: int) -> Sample:
-        array = userfault.open(source, block=PAGE, memory=2 * pages * PAGE)
-        result = Touched()
+        array = userfault.open(source, block=PAGE, memory=2 * pages * PAGE, delivery=delivery)
         with userfault.memory_of(array) as memory:
             memory.advise("random")
-            if touch(array.ctypes.data, pages, PAGE, repetition + 1, ctypes.byref(result)):
-                raise MemoryError("no memory for the times of the faults")
+            result = touching.touch(library, array.ctypes.data, pages, PAGE, repetition + 1)
             del array
-        if result.checksum != expected:
-            raise AssertionError("wrong bytes: checksum differs")
-        return Sample(
-            result.p50_ns * 1e-3, extra={"mean": result.mean_ns * 1e-3, "p99": result.p99_ns * 1e-3}
-        )
+        touching.check_sum(result.checksum, expected)
+        return result.sample()
 
     yield measure
 
@@ -133,8 +126,8 @@ def prefetch(nbytes: int, block: int) -> Iterator[Measure]:
     """Fills a whole memory by one `prefetch`."""
     import userfault
 
-    source = _source(nbytes)
-    source[:] = _counting(nbytes // 8)
+    source = touching.small_pages(nbytes)
+    source[:] = touching.counting(nbytes // 8)
     expected = int(source.sum())
 
     def measure(repetition: int) -> Sample:
@@ -151,17 +144,33 @@ def prefetch(nbytes: int, block: int) -> Iterator[Measure]:
     yield measure
 
 
-def _counting(words: int) -> Any:
-    import numpy as np
+@contextmanager
+def random_blocks(nbytes: int, block: int, library: str, delivery: Any, budget: int) -> Iterator[Measure]:
+    """Touches every block once in each pass, in random order, and counts what had to be loaded."""
+    import userfault
 
-    return (np.arange(words, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    blocks = nbytes // block
+    source, expected = touching.numbered(blocks, block)
 
+    def one_pass(array: Any, memory: Any, seed: int) -> float:
+        before = memory.stats().bytes_read
+        result = touching.touch(library, array.ctypes.data, blocks, block, seed)
+        touching.check_sum(result.checksum, expected)
+        return float((memory.stats().bytes_read - before) / (result.mean_ns * blocks))
 
-def _source(nbytes: int) -> Any:
-    """Anonymous memory in small pages, like the source of the bare programs.
+    def measure(repetition: int) -> Sample:
+        array = userfault.open(source, block=block, memory=budget, delivery=delivery)
+        with userfault.memory_of(array) as memory:
+            memory.advise("random")
+            evicts = budget < nbytes
+            if evicts:
+                one_pass(array, memory, 0)  # until the budget is full
+            speeds = []
+            for seed in range(repetition * PASSES, (repetition + 1) * PASSES):
+                speeds.append(one_pass(array, memory, seed))
+                if not evicts:
+                    memory.evict()
+            del array
+        return touching.fastest(speeds)
 
-    Not `np.empty`: NumPy asks for huge pages, which are faster to copy from.
-    """
-    import numpy as np
-
-    return np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint64)
+    yield measure

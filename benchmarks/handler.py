@@ -1,6 +1,5 @@
 """A handler process written with `userfault.kernel`, against the same in C."""
 
-import ctypes
 import mmap
 import os
 import signal
@@ -8,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from benchmarks import native
+from benchmarks import native, touching
 from benchmarks.child import Measure, Sample
-from benchmarks.faults import Touched
 from benchmarks.harness import Comparison, Reference, Scale, Side, at_most
 
 if TYPE_CHECKING:
@@ -56,15 +54,10 @@ def python_handler(pages: int, library: str) -> Iterator[Measure]:
     """Touches every page once, in random order, by the same C loop as the bare program."""
     from userfault.kernel import Mapping, Userfaultfd
 
-    touch = ctypes.CDLL(library).touch
-    touch.argtypes = (
-        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_uint64, ctypes.POINTER(Touched)
-    )  # fmt: skip
     words = [(index + 1) * _GOLDEN % 2**64 for index in range(pages)]
     expected = sum(words) % 2**64
 
     def measure(repetition: int) -> Sample:
-        result = Touched()
         with (
             Mapping.anonymous(pages * PAGE) as source,
             Mapping.anonymous(pages * PAGE) as memory,
@@ -77,15 +70,11 @@ def python_handler(pages: int, library: str) -> Iterator[Measure]:
             if pid == 0:
                 _serve(uffd, memory.address, source.address)
             try:
-                if touch(memory.address, pages, PAGE, repetition + 1, ctypes.byref(result)):
-                    raise MemoryError("no memory for the times of the faults")
+                result = touching.touch(library, memory.address, pages, PAGE, repetition + 1)
             finally:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-        if result.checksum != expected:
-            raise AssertionError("wrong bytes: checksum differs")
-        return Sample(
-            result.p50_ns * 1e-3, extra={"mean": result.mean_ns * 1e-3, "p99": result.p99_ns * 1e-3}
-        )
+        touching.check_sum(result.checksum, expected)
+        return result.sample()
 
     yield measure

@@ -31,16 +31,19 @@ class Scale:
 
 @dataclass(frozen=True)
 class Target:
-    """What the ratio userfault / reference should be."""
+    """What the ratio userfault / reference should be, or the figure of userfault itself."""
 
     relation: Literal["≤", "≥"]
-    ratio: float
+    bound: float
+    unit: str = ""
+    """Of the figure itself, empty for the ratio."""
 
     def __str__(self) -> str:
-        return f"{self.relation} {self.ratio:g}"
+        return f"{self.relation} {self.bound:g} {self.unit}".rstrip()
 
-    def met_by(self, ratio: float) -> bool:
-        return ratio <= self.ratio if self.relation == "≤" else ratio >= self.ratio
+    def met_by(self, ratio: float, figure: float) -> bool:
+        judged = figure if self.unit else ratio
+        return judged <= self.bound if self.relation == "≤" else judged >= self.bound
 
 
 def at_most(ratio: float) -> Target:
@@ -49,6 +52,11 @@ def at_most(ratio: float) -> Target:
 
 def at_least(ratio: float) -> Target:
     return Target("≥", ratio)
+
+
+def figure_at_most(bound: float, unit: str) -> Target:
+    """For what is no matter of comparison: the reference is only there to say what the machine can do."""
+    return Target("≤", bound, unit)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class Reference:
     label: str
     side: Side
     target: Target | None = None
+    pinning: str | None = None
+    """Where it runs, if that is not where userfault's side runs."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +88,12 @@ class Comparison:
     """Every thread and process of either side is pinned to one CPU; otherwise nothing is pinned."""
     rounds: int = 1
     """How many times the usual number of repetitions: more for what is short and noisy."""
+    placement: str = ""
+    """What the sides pin themselves, in words."""
 
     @property
     def pinning(self) -> str:
-        return "all on one CPU" if self.one_cpu else "unpinned"
+        return self.placement or ("all on one CPU" if self.one_cpu else "unpinned")
 
 
 @dataclass(frozen=True)
@@ -116,7 +128,7 @@ class Row:
             return "FAILED"
         if self.target is None:
             return "-"
-        return "ok" if self.target.met_by(self.ratio) else "MISSED"
+        return "ok" if self.target.met_by(self.ratio, statistics.median(self.ours)) else "MISSED"
 
 
 @dataclass
@@ -125,6 +137,7 @@ class _Runner:
 
     side: Side
     one_cpu: bool
+    realtime: bool
     values: list[float] = field(default_factory=list)
     extra: dict[str, float] = field(default_factory=dict)
     checks: list[float] = field(default_factory=list)
@@ -134,7 +147,7 @@ class _Runner:
     def start(self, stack: ExitStack) -> None:
         try:
             self.child = stack.enter_context(
-                Child(self.side.factory, self.side.arguments, one_cpu=self.one_cpu)
+                Child(self.side.factory, self.side.arguments, one_cpu=self.one_cpu, realtime=self.realtime)
             )
             self.child.measure(0)
         except ChildError as error:
@@ -154,10 +167,10 @@ class _Runner:
             self.checks.append(sample["check"])
 
 
-def run(group: str, comparison: Comparison, repeats: int) -> Iterator[Row]:
+def run(group: str, comparison: Comparison, repeats: int, *, realtime: bool = False) -> Iterator[Row]:
     """Measures one comparison and yields a row for each of its references."""
-    ours = _Runner(comparison.ours, comparison.one_cpu)
-    others = [_Runner(reference.side, comparison.one_cpu) for reference in comparison.references]
+    ours = _Runner(comparison.ours, comparison.one_cpu, realtime)
+    others = [_Runner(reference.side, comparison.one_cpu, realtime) for reference in comparison.references]
     foreign = ForeignLoad()
     with ExitStack() as stack:
         for runner in (ours, *others):
@@ -171,7 +184,9 @@ def run(group: str, comparison: Comparison, repeats: int) -> Iterator[Row]:
             name=f"{group}/{comparison.name}/{reference.label}",
             unit=comparison.unit,
             source=comparison.source,
-            pinning=comparison.pinning,
+            pinning=comparison.pinning
+            + ("" if reference.pinning is None else f"; reference: {reference.pinning}")
+            + (", real-time" if realtime else ""),
             target=reference.target,
             ours=ours.values,
             reference=other.values,

@@ -1,14 +1,16 @@
 // Bare handler loop: random missing faults, one page each, served from memory by UFFDIO_COPY.
 //
-// usage: faults PAGES SEED [read|poll] [thread|process]
+// usage: faults PAGES SEED [read|poll] [thread|process|elsewhere]
 //
 // The handler is a thread, or a forked process: its requests act on the memory of whoever created the userfaultfd.
 //
 // Prints one JSON object. Pinning is the caller's business (the affinity is inherited): pinned to one CPU, the
-// handler runs where the fault happened, which is the fastest arrangement there is for a handler thread.
+// handler runs where the fault happened, which is the fastest arrangement there is for a handler thread. With
+// `elsewhere` it is a thread that pins itself to another CPU than the faulting thread's.
 #define _GNU_SOURCE
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
 
@@ -18,16 +20,31 @@
 struct handler {
 	int fd;
 	int wait_with_poll;
+	int elsewhere;
 	size_t page_size;
 	char *region;
 	const char *source;
 };
+
+static void leave_cpu(int cpu)
+{
+	for (int other = 0; other < sysconf(_SC_NPROCESSORS_CONF); other++) {
+		cpu_set_t set;
+		CPU_ZERO(&set);
+		CPU_SET(other, &set);
+		if (other != cpu && !sched_setaffinity(0, sizeof(set), &set))
+			return;
+	}
+	die("no other CPU");
+}
 
 // The thread ends with the process: it is blocked in read or poll when main returns.
 static void *serve(void *arg)
 {
 	const struct handler *h = arg;
 	struct uffd_msg messages[16];
+	if (h->elsewhere)
+		leave_cpu(sched_getcpu());
 	for (;;) {
 		if (h->wait_with_poll) {
 			struct pollfd wait = { .fd = h->fd, .events = POLLIN };
@@ -59,7 +76,7 @@ static void *serve(void *arg)
 int main(int argc, char **argv)
 {
 	if (argc < 3) {
-		fprintf(stderr, "usage: faults PAGES SEED [read|poll] [thread|process]\n");
+		fprintf(stderr, "usage: faults PAGES SEED [read|poll] [thread|process|elsewhere]\n");
 		return 2;
 	}
 	size_t pages = strtoull(argv[1], NULL, 0);
@@ -80,13 +97,14 @@ int main(int argc, char **argv)
 	// Static: the handler thread may still look at it when main has returned.
 	static struct handler handler;
 	handler = (struct handler){
-		.fd = uffd_open(O_CLOEXEC | (wait_with_poll ? O_NONBLOCK : 0)),
+		.fd = uffd_open(O_CLOEXEC | (wait_with_poll ? O_NONBLOCK : 0), 0),
 		.wait_with_poll = wait_with_poll,
+		.elsewhere = argc > 4 && !strcmp(argv[4], "elsewhere"),
 		.page_size = page_size,
 		.region = map_aligned(pages * page_size),
 		.source = source,
 	};
-	uffd_register_missing(handler.fd, handler.region, pages * page_size);
+	uffd_register(handler.fd, handler.region, pages * page_size, UFFD_REGISTER_MISSING);
 	pthread_t thread;
 	if (in_process) {
 		pid_t pid = fork();
@@ -101,7 +119,7 @@ int main(int argc, char **argv)
 	}
 
 	struct touch_result result;
-	if (touch_pages(handler.region, pages, page_size, seed, &result))
+	if (touch_pages(handler.region, pages, page_size, seed, 0, &result))
 		die("malloc");
 	if (result.checksum != expected) {
 		fprintf(stderr, "wrong bytes: checksum differs\n");

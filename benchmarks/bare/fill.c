@@ -50,8 +50,8 @@ int main(int argc, char **argv)
 	char *staging = map_aligned(HUGE_SIZE);
 	if (move && madvise(staging, HUGE_SIZE, MADV_HUGEPAGE))
 		die("madvise(MADV_HUGEPAGE)");
-	int fd = uffd_open(O_CLOEXEC);
-	uffd_register_missing(fd, region, bytes);
+	int fd = uffd_open(O_CLOEXEC, 0);
+	uffd_register(fd, region, bytes, UFFD_REGISTER_MISSING);
 
 	uint64_t start = touch_now();
 	for (size_t offset = 0; offset < bytes; offset += per_call) {

@@ -10,7 +10,7 @@
 
 struct touch_result {
 	double mean_ns, p50_ns, p99_ns;
-	uint64_t checksum; // sum of the first word of every page
+	uint64_t checksum; // sum of the first word of every page, as it was
 };
 
 static inline uint64_t touch_random(uint64_t *state)
@@ -35,21 +35,14 @@ static int touch_compare(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-// Reads one word of each of `pages` pages, every page once, in an order that depends on `seed` only.
-// Returns 0, or -1 without memory for the order and the times.
-static inline int touch_pages(const char *base, size_t pages, size_t page_size, uint64_t seed, struct touch_result *ret)
+// The numbers below `pages` in an order that depends on `seed` only; NULL without memory.
+static inline uint32_t *touch_order(size_t pages, uint64_t seed)
 {
 	uint32_t *order = malloc(pages * sizeof(*order));
-	uint32_t *times = malloc(pages * sizeof(*times));
-	if (!order || !times) {
-		free(order);
-		free(times);
-		return -1;
-	}
-	for (size_t i = 0; i < pages; i++) {
+	if (!order)
+		return NULL;
+	for (size_t i = 0; i < pages; i++)
 		order[i] = (uint32_t)i;
-		times[i] = 0; // present before the clock starts
-	}
 	uint64_t state = seed * 0x9e3779b97f4a7c15u + 1;
 	for (size_t i = pages - 1; i > 0; i--) {
 		size_t j = touch_random(&state) % (i + 1);
@@ -57,12 +50,33 @@ static inline int touch_pages(const char *base, size_t pages, size_t page_size, 
 		order[i] = order[j];
 		order[j] = swap;
 	}
+	return order;
+}
+
+// Reads one word of each of `pages` pages, every page once, in random order; with `write`, turns its bits over, too.
+// Returns 0, or -1 without memory for the order and the times.
+static inline int touch_pages(char *base, size_t pages, size_t page_size, uint64_t seed, int write,
+			      struct touch_result *ret)
+{
+	uint32_t *order = touch_order(pages, seed);
+	uint32_t *times = malloc(pages * sizeof(*times));
+	if (!order || !times) {
+		free(order);
+		free(times);
+		return -1;
+	}
+	for (size_t i = 0; i < pages; i++)
+		times[i] = 0; // present before the clock starts
 
 	uint64_t checksum = 0;
 	uint64_t start = touch_now();
 	uint64_t last = start;
 	for (size_t i = 0; i < pages; i++) {
-		checksum += *(const volatile uint64_t *)(base + (size_t)order[i] * page_size);
+		volatile uint64_t *word = (volatile uint64_t *)(base + (size_t)order[i] * page_size);
+		uint64_t value = *word;
+		if (write)
+			*word = ~value;
+		checksum += value;
 		uint64_t now = touch_now();
 		times[i] = (uint32_t)(now - last);
 		last = now;

@@ -1,7 +1,7 @@
 // The few pieces of the userfaultfd interface that the bare loops need.
 //
 // The definitions are ours: the header of a build host is often older than its kernel (no UFFDIO_MOVE before 6.8).
-// Layout and numbers as in Linux 4.3 (COPY), 6.1 (/dev/userfaultfd) and 6.8 (MOVE).
+// Layout and numbers as in Linux 4.3 (COPY), 4.14 (SIGBUS), 5.7 (WRITEPROTECT), 6.1 (/dev/userfaultfd) and 6.8 (MOVE).
 #ifndef BARE_UFFD_H
 #define BARE_UFFD_H
 
@@ -19,6 +19,9 @@
 enum {
 	UFFD_EVENT_PAGEFAULT = 0x12,
 	UFFD_REGISTER_MISSING = 1,
+	UFFD_REGISTER_WP = 2,
+	UFFD_COPY_WP = 2,
+	UFFD_FEATURE_SIGBUS = 1 << 7,
 	UFFD_USER_MODE_ONLY = 1,
 };
 
@@ -26,7 +29,7 @@ struct uffd_api {
 	uint64_t api, features, ioctls;
 };
 
-struct uffd_register {
+struct uffd_register_range {
 	uint64_t start, len, mode, ioctls;
 };
 
@@ -34,6 +37,11 @@ struct uffd_register {
 struct uffd_fill {
 	uint64_t dst, src, len, mode;
 	int64_t done;
+};
+
+// Mode 0 takes the protection away, and wakes who waits for that.
+struct uffd_writeprotect {
+	uint64_t start, len, mode;
 };
 
 struct uffd_msg {
@@ -50,6 +58,7 @@ static const unsigned long UFFD_API_IOCTL = 0xc018aa3f;
 static const unsigned long UFFD_REGISTER_IOCTL = 0xc020aa00;
 static const unsigned long UFFD_COPY_IOCTL = 0xc028aa03;
 static const unsigned long UFFD_MOVE_IOCTL = 0xc028aa05;
+static const unsigned long UFFD_WRITEPROTECT_IOCTL = 0xc018aa06;
 
 _Noreturn static inline void die(const char *what)
 {
@@ -58,7 +67,7 @@ _Noreturn static inline void die(const char *what)
 }
 
 // Opens a userfaultfd the strongest way this process may (device, system call, user mode only) and shakes hands.
-static inline int uffd_open(int flags)
+static inline int uffd_open(int flags, uint64_t features)
 {
 	int fd = -1;
 	int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
@@ -74,7 +83,7 @@ static inline int uffd_open(int flags)
 #endif
 	if (fd < 0)
 		die("userfaultfd");
-	struct uffd_api api = { .api = 0xaa };
+	struct uffd_api api = { .api = 0xaa, .features = features };
 	if (ioctl(fd, UFFD_API_IOCTL, &api))
 		die("UFFDIO_API");
 	return fd;
@@ -90,9 +99,9 @@ static inline char *map_aligned(size_t len)
 	return (char *)(((uintptr_t)map + align - 1) & ~(align - 1));
 }
 
-static inline void uffd_register_missing(int fd, char *start, size_t len)
+static inline void uffd_register(int fd, char *start, size_t len, uint64_t mode)
 {
-	struct uffd_register reg = { .start = (uintptr_t)start, .len = len, .mode = UFFD_REGISTER_MISSING };
+	struct uffd_register_range reg = { .start = (uintptr_t)start, .len = len, .mode = mode };
 	if (ioctl(fd, UFFD_REGISTER_IOCTL, &reg))
 		die("UFFDIO_REGISTER");
 }
