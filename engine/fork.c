@@ -42,6 +42,8 @@ static void orphaned(struct uf_memory *m, uint64_t first, uint64_t count, enum u
 	for (uint64_t b = first; b < first + count && b < m->nblocks; b++) {
 		if (UF_STATE(uf_word(m, b)) != owned)
 			continue;
+		if (atomic_load_explicit(&m->closed, memory_order_relaxed))
+			continue; // it has left its pool, and is covered below
 		if (owned == UF_LOADING && uf_is_dirty(m, b)) {
 			// For a write, or again, after other code had dropped pages. A thread that COPY woke may have written already: what
 			// is there stays, and what is missing comes with the next fault.
@@ -69,7 +71,7 @@ static void inherit_blocks(struct uf_memory *m)
 	m->store = UF_STORE_SCRATCH;
 	m->forked = true;
 	m->resync = false; // it writes to no file any more
-	m->flushing = m->scratch_opening = m->complained = false;
+	m->flushing = m->flush_waits = m->scratch_opening = m->complained = false;
 	m->refilling = UF_NIL;
 	m->scratch_readers = 0;
 	m->write_not_before_ns = 0;

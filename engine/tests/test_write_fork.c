@@ -36,6 +36,17 @@ static void child_writes(void *arg)
 	array_right(a, "the child's own, evicted twice");
 }
 
+// The parent's flush, which waited for a slot when the child was made, keeps nothing from leaving memory in the child.
+static void child_keeps_its_budget(void *arg)
+{
+	struct array *a = arg;
+	for (uint64_t b = 0; b < a->blocks; b++)
+		array_write(a, b * a->block, 2000, 1, b + 7);
+	struct uf_stats s = test_stats(a->m);
+	CHECK(s.resident <= s.budget, "%llu bytes are resident", (unsigned long long)s.resident);
+	array_right(a, "the child's, within its budget");
+}
+
 static void fork_once(struct array *a, const char *when)
 {
 	int status = test_in_child(child_writes, a);
@@ -78,6 +89,16 @@ static void forks(bool no_move, enum uf_store_kind store, uint64_t budget)
 	fork_once(&a, "dirty");
 	uf_memory_evict(a.m, 0, BLOCKS / 2);
 	fork_once(&a, "half of it spilled");
+	if (budget) {
+		pthread_mutex_lock(&p->lock);
+		a.m->flush_waits = true;
+		pthread_mutex_unlock(&p->lock);
+		int waited = test_in_child(child_keeps_its_budget, &a);
+		pthread_mutex_lock(&p->lock);
+		a.m->flush_waits = false;
+		pthread_mutex_unlock(&p->lock);
+		CHECK(waited == 0, "status %#x", waited);
+	}
 	for (uint64_t b = 1; b < BLOCKS; b += 3)
 		array_write(&a, b * BLOCK + 4000, 3000, 1, b);
 	static struct test_crowd c;
