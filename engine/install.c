@@ -52,6 +52,8 @@ int uf_copy_run(struct uf_memory *m, char *dst, const char *src, size_t len, boo
 	size_t page = m->pager->page, done = 0, step = len;
 	unsigned stalls = 0;
 	while (done < len) {
+		// What has arrived writable may be written to already: then there is no way back.
+		bool given = done && m->store && !protect;
 		struct uffdio_copy c = {
 			.dst = (uintptr_t)dst + done,
 			.src = (uintptr_t)src + done,
@@ -73,7 +75,7 @@ int uf_copy_run(struct uf_memory *m, char *dst, const char *src, size_t len, boo
 			done += page;
 			break;
 		case EAGAIN: // the address space is changing, or a lock race: no event of ours to read, it passes by itself
-			if (++stalls > 10000)
+			if (++stalls > 10000 && !given)
 				return -EAGAIN;
 			sched_yield();
 			break;
@@ -86,8 +88,7 @@ int uf_copy_run(struct uf_memory *m, char *dst, const char *src, size_t len, boo
 				done += page;
 			break;
 		case ENOMEM:
-			// What has arrived writable may be written to already: then there is no way back.
-			if (++stalls > 100 && !(done && m->store && !protect))
+			if (++stalls > 100 && !given)
 				return -ENOMEM;
 			nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
 			break;
@@ -177,7 +178,8 @@ int uf_install(struct uf_memory *m, uint64_t first, uint64_t count, const void *
 		  : moved ? uf_copy_run(m, dst + moved, (const char *)src + moved, len - moved, true, woken)
 			  : copy_blocks(m, first, count, src, woken);
 	*woken &= !moved;
-	if (err && first != m->refilling && !atomic_load_explicit(&m->closed, memory_order_acquire)) {
+	// A dirty block alone: nothing of it came, or it is refilled, and what was there stays.
+	if (err && !(count == 1 && uf_is_dirty(m, first)) && !atomic_load_explicit(&m->closed, memory_order_acquire)) {
 		struct uf_range run = {first, count}; // what came before the failure is counted nowhere
 		uf_forget_pages(m, &run, 1);
 	}

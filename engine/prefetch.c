@@ -32,7 +32,8 @@ static int pass(struct uf_memory *m, uint64_t first, uint64_t end, bool single, 
 			continue;
 		}
 		uint64_t run = single ? 1 : uf_min(end - at, per - at % per);
-		if (!uf_room_now(m, run << m->shift, true)) { // what is being written makes some
+		// What is being written makes room. In a small budget there may never be enough for a whole run.
+		if (!uf_room_now(m, run << m->shift, true) && (run == 1 || !uf_room_now(m, (run = 1) << m->shift, true))) {
 			uf_wait_changed(p, 20);
 			continue;
 		}
