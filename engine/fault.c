@@ -81,6 +81,7 @@ bool uf_demand(struct uf_memory *m, uint64_t block, bool write, uint64_t t_ns, s
 		return true;
 	}
 	m->stats.faults++;
+	uf_replay_demanded(m, block);
 	uint64_t run = refill ? 1 : uf_readahead_plan(m, block), n, wake = 0, skip = 0;
 	// What surrounds it does not come in place of blocks that were read ahead, while what is dirty is on its way out.
 	if (run > 1 && m->pool->leaving && !uf_fits(m, run << m->shift))
@@ -98,6 +99,8 @@ bool uf_demand(struct uf_memory *m, uint64_t block, bool write, uint64_t t_ns, s
 		if (n && write && m->store)
 			uf_dirty_set(m, block);
 	}
+	if (n)
+		uf_seen(m, block, write && m->store);
 	op->part[0].count = n;
 	if (kind == UF_SOURCE_WORKER) {
 		if (n)
@@ -189,8 +192,9 @@ bool uf_upgrade(struct uf_memory *m, uint64_t block)
 	if (fresh) {
 		uf_dirty_set(m, block);
 		m->stats.upgrades++;
-		uf_trace(m, block, 1, UF_TRACE_DIRTY);
+		uf_trace(m, block, 1, UF_TRACE_DIRTY, UF_NIL, 0);
 	}
+	uf_seen(m, block, true);
 	uf_word_store(m, block, (w & ~15u) | UF_UPGRADING);
 	pthread_mutex_unlock(&p->lock);
 
@@ -198,8 +202,10 @@ bool uf_upgrade(struct uf_memory *m, uint64_t block)
 
 	pthread_mutex_lock(&p->lock);
 	bool dropped = uf_word(m, block) & UF_WORD_DROPPED;
-	if (!atomic_load_explicit(&m->closed, memory_order_relaxed))
+	if (!atomic_load_explicit(&m->closed, memory_order_relaxed)) {
+		uf_seen_done(m, block, 1);
 		uf_word_store(m, block, (w & ~15u) | (s ? UF_REINSTALLED : UF_DIRTY));
+	}
 	if (s)
 		uf_slot_release(s); // its blocks are what the slot takes them for again
 	pthread_mutex_unlock(&p->lock);
@@ -230,6 +236,7 @@ static bool leave_to_owner(struct uf_memory *m, uint64_t block, uint64_t t_ns, s
 	bool owned = s == UF_LOADING || s == UF_UPGRADING;
 	if (owned) {
 		m->stats.duplicates++;
+		uf_seen(m, block, false); // its write comes as a fault of its own
 		// A read may be queued far behind, or held.
 		if (s == UF_LOADING)
 			held = uf_job_demand(m, block, t_ns);
@@ -391,7 +398,9 @@ static bool background_piece(struct uf_memory *m, struct uf_background *b)
 	uint64_t run = b->step == 1 && !b->single ? uf_min(b->count, per - first % per) : 1;
 	int source = uf_kind_at(m, first);
 	bool async = source == UF_SOURCE_WORKER || uf_waits_for_disk(m, first);
-	if (async && !uf_job_available(p, true))
+	// A file that is not in the page cache becomes a job.
+	if ((async || (uf_is_file_kind(source) && !(source == UF_SOURCE_FILE ? m->inline_file : m->inline_scratch))) &&
+	    !uf_job_available(p, true))
 		return false;
 	struct uf_op *op = uf_op_begin(p, m, UF_LOADING);
 	if (!op) {
@@ -414,6 +423,7 @@ static bool background_piece(struct uf_memory *m, struct uf_background *b)
 		struct uf_job *j = uf_job_post(m, first, n, kind, 0, NULL);
 		j->hold = hold; // available: looked above
 	} else if (n) {
+		uf_seen_coming(m, first, n, false);
 		uf_reserve(m, first, n, kind);
 		pthread_mutex_unlock(&p->lock);
 		struct uf_failure why;
@@ -446,6 +456,18 @@ static bool background_piece(struct uf_memory *m, struct uf_background *b)
 	return inline_work;
 }
 
+// Is there a fill to go on with? What is done goes; a plan follows what the program itself asked for. Lock held.
+static bool more_background(struct uf_memory *m)
+{
+	while (m->nbackground && !m->background[0].count) {
+		for (unsigned k = 1; k < m->nbackground; k++)
+			m->background[k - 1] = m->background[k];
+		m->nbackground--;
+	}
+	uf_replay_feed(m);
+	return m->nbackground;
+}
+
 // Does one piece of each memory's background fills. Fault thread, without lock.
 bool uf_background_step(struct uf_pager *p)
 {
@@ -453,17 +475,12 @@ bool uf_background_step(struct uf_pager *p)
 	pthread_mutex_lock(&p->lock);
 	p->rescan = false;
 	for (uint32_t i = 0; i < p->memories_capacity; i++) {
-		struct uf_memory *m = p->memories[i] && p->memories[i]->nbackground ? uf_memory_get(p, i) : NULL;
+		struct uf_memory *m = p->memories[i] && (p->memories[i]->nbackground || p->memories[i]->replay) ? uf_memory_get(p, i) : NULL;
 		if (!m)
 			continue;
-		while (m->nbackground && !m->background[0].count) {
-			for (unsigned k = 1; k < m->nbackground; k++)
-				m->background[k - 1] = m->background[k];
-			m->nbackground--;
-		}
 		// All that goes to jobs at once; inline work piece by piece, so that faults come in between.
 		bool worked = false;
-		while (m->nbackground && m->background[0].count && !worked) {
+		while (!worked && more_background(m)) {
 			if (!uf_room_now(m, uf_block_size(m), false))
 				break; // what is being written makes room, and calls again
 			if (!m->nbackground)

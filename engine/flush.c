@@ -214,15 +214,21 @@ bool uf_memory_forked(const struct uf_memory *m)
 	return m->forked;
 }
 
+bool uf_write_back(struct uf_memory *m, uint64_t first, uint64_t count)
+{
+	struct uf_flush f = {0};
+	if (m->store && !hold(m)) {
+		uf_flush_blocks(m, first, count, &f);
+		let_go(m);
+	}
+	return !f.n;
+}
+
 uint64_t uf_memory_evict(struct uf_memory *m, uint64_t first, uint64_t count)
 {
 	if (first >= m->nblocks)
 		return 0;
 	count = uf_min(count, m->nblocks - first);
-	if (m->store && !hold(m)) {
-		struct uf_flush f = {0};
-		uf_flush_blocks(m, first, count, &f);
-		let_go(m);
-	}
+	uf_write_back(m, first, count);
 	return uf_evict_blocks(m, first, count, false);
 }

@@ -132,6 +132,11 @@ static int adopt(struct uf_memory *m)
 		return -errno;
 	if (m->store)
 		inherit_blocks(m);
+	struct uf_queue *queues[] = {&m->pool->probation, &m->pool->main};
+	for (unsigned q = 0; q < 2 && m->watchers; q++) // nothing traps on what is there
+		for (uint64_t ref = queues[q]->head; ref != UF_NIL; ref = m->pager->memories[ref >> 32]->links[(uint32_t)ref].next)
+			if (ref >> 32 == m->id)
+				uf_seen_blind(m, (uint32_t)ref);
 	return uf_memory_listen(m);
 }
 
@@ -245,6 +250,7 @@ static void child_pager(struct uf_pager *p)
 			close(m->uffd); // a handle on the parent's; it lives on there
 		m->uffd = -1;
 		m->nbackground = 0;
+		uf_replay_end(m);
 		for (unsigned k = 0; k < UF_STREAMS; k++)
 			m->held[k] = -1;
 		atomic_store_explicit(&m->refs, m->destroyed ? 0 : 1, memory_order_relaxed); // other holders were threads

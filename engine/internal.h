@@ -61,8 +61,8 @@ int uf_install(struct uf_memory *m, uint64_t first, uint64_t count, const void *
 	       bool *woken);
 void uf_reserve(struct uf_memory *m, uint64_t first, uint64_t blocks, uint8_t kind);   // lock held, may drop it
 void uf_unreserve(struct uf_memory *m, uint64_t first, uint64_t blocks, uint8_t kind); // lock held
-// Lock held. True: a fault was dropped meanwhile, the caller must wake.
-bool uf_loaded(struct uf_memory *m, uint64_t first, uint64_t count, bool huge, uint8_t kind);
+// Lock held. `demanded`: the block that a fault waits for, UF_NIL. True: a fault was dropped meanwhile, the caller must wake.
+bool uf_loaded(struct uf_memory *m, uint64_t first, uint64_t count, bool huge, uint8_t kind, uint64_t demanded, uint64_t took_ns);
 void uf_unclaim(struct uf_memory *m, uint64_t first, uint64_t count); // lock held; the caller wakes
 void uf_poison(struct uf_memory *m, uint64_t block, unsigned attempts, int err, const char *message);
 void uf_wake(struct uf_memory *m, uint64_t first, uint64_t count);
@@ -74,7 +74,19 @@ int uf_staging_init(struct uf_staging *st);
 void uf_staging_deinit(struct uf_staging *st);
 void uf_record_error(struct uf_memory *m, uint64_t block, uint64_t count, unsigned attempts, int err,
 		     const char *message, bool poisoned); // lock held
-void uf_trace(struct uf_memory *m, uint64_t first, uint64_t count, uint8_t kind); // lock held
+void uf_trace(struct uf_memory *m, uint64_t first, uint64_t count, uint8_t kind, uint64_t demanded, uint64_t took_ns); // lock held
+
+// --- watch.c; lock held
+void uf_seen(struct uf_memory *m, uint64_t block, bool write); // before the thread that touches it goes on
+void uf_seen_coming(struct uf_memory *m, uint64_t first, uint64_t count, bool demanded); // they are about to be installed
+void uf_seen_done(struct uf_memory *m, uint64_t first, uint64_t count); // they no longer trap
+void uf_seen_blind(struct uf_memory *m, uint64_t block);
+void uf_watch_free(struct uf_memory *m); // nobody else knows the memory any more
+
+// --- replay.c; lock held
+void uf_replay_feed(struct uf_memory *m);
+void uf_replay_demanded(struct uf_memory *m, uint64_t block);
+void uf_replay_end(struct uf_memory *m);
 
 // --- slots.c: dirty blocks out of memory, and back
 int uf_stash_init(struct uf_pager *p);               // lock held; idempotent
@@ -110,6 +122,9 @@ struct uf_slot *uf_write_next(struct uf_pager *p);   // lock held: for an I/O th
 void uf_flush_failed(struct uf_flush *f, uint64_t block, int err, const char *message); // lock held
 // Writes back what is dirty in a range, and waits for it. Without lock. Outcomes are in `f`.
 void uf_flush_blocks(struct uf_memory *m, uint64_t first, uint64_t count, struct uf_flush *f);
+
+// --- flush.c; without lock
+bool uf_write_back(struct uf_memory *m, uint64_t first, uint64_t count); // as far as it goes, false: some failed; blocks for as long as the store does
 
 // --- sync.c
 void uf_unsynced_add(struct uf_memory *m, uint64_t first, uint64_t count); // lock held

@@ -52,6 +52,7 @@ static struct uf_job *post(struct uf_memory *m, uint64_t first, uint64_t count, 
 			.count = count,
 			.kind = kind,
 			.demanded = !ahead,
+			.asked_for = first,
 			.seq = ++p->job_seq,
 			.fault_ns = fault_ns,
 			.ticket = ticket,
@@ -112,7 +113,7 @@ void uf_job_freed(struct uf_pager *p)
 static bool may_hold(struct uf_job *j)
 {
 	struct uf_memory *m = j->memory;
-	if (!j->hold || j->demanded || j->ticket || m->pager->jobs_used > UF_JOBS / 2)
+	if (!j->hold || j->demanded || j->ticket || m->access_watchers || m->pager->jobs_used > UF_JOBS / 2)
 		return false;
 	for (unsigned i = 0; i < UF_STREAMS; i++) {
 		if (m->held[i] < 0) {
@@ -151,6 +152,7 @@ void uf_job_read(struct uf_job *j, const void *bytes, struct uf_staging *st)
 	}
 	j->state = UF_JOB_RUNNING;
 	uint8_t kind = j->demanded ? UF_TRACE_DEMAND : j->kind;
+	uf_seen_coming(m, first, count, j->kind == UF_TRACE_DEMAND);
 	uf_reserve(m, first, count, kind);
 	pthread_mutex_unlock(&p->lock);
 
@@ -174,7 +176,7 @@ void uf_job_read(struct uf_job *j, const void *bytes, struct uf_staging *st)
 	if (atomic_load_explicit(&m->closed, memory_order_relaxed)) {
 		uf_unroom(m, size);
 	} else {
-		woken &= !uf_loaded(m, first, count, huge, kind);
+		woken &= !uf_loaded(m, first, count, huge, kind, j->demanded ? j->asked_for : UF_NIL, j->fault_ns && j->fault_ns < t1 ? t1 - j->fault_ns : 0);
 		uf_histogram_add(&m->stats.latency[UF_STAGE_INSTALL], t1 - t0);
 		if (j->fault_ns && j->fault_ns < t1)
 			uf_histogram_add(&m->stats.latency[UF_STAGE_FAULT], t1 - j->fault_ns);
@@ -260,8 +262,10 @@ struct uf_job *uf_job_demand(struct uf_memory *m, uint64_t block, uint64_t t_ns)
 		if (j->state == UF_JOB_FREE || j->memory != m || j->slot || block < j->first || block >= j->first + j->count)
 			continue;
 		j->demanded = true;
-		if (!j->fault_ns)
+		if (!j->fault_ns) {
 			j->fault_ns = t_ns;
+			j->asked_for = block;
+		}
 		if (j->state == UF_JOB_RING)
 			// Relaxed: a hint to workers that look for work.
 			atomic_store_explicit(&p->ring->entry[i].priority, 0, memory_order_relaxed);

@@ -116,14 +116,20 @@ uint64_t uf_run_bytes(const struct uf_memory *m, uint64_t first, uint64_t count)
 	return uf_min(count << m->shift, m->nbytes - (first << m->shift));
 }
 
-void uf_trace(struct uf_memory *m, uint64_t first, uint64_t count, uint8_t kind)
+void uf_trace(struct uf_memory *m, uint64_t first, uint64_t count, uint8_t kind, uint64_t demanded, uint64_t took_ns)
 {
 	if (!m->trace)
 		return;
 	uint64_t now = uf_now_ns();
-	for (uint64_t b = first; b < first + count; b++)
-		m->trace[m->trace_in++ & (m->trace_capacity - 1)] =
-			(struct uf_trace_record){.t_ns = now, .block = (uint32_t)b, .kind = kind};
+	for (uint64_t b = first; b < first + count; b++) {
+		m->trace[m->trace_in++ & (m->trace_capacity - 1)] = (struct uf_trace_record){
+			.t_ns = now,
+			.block = (uint32_t)b,
+			// What came with the block that was asked for was read ahead.
+			.kind = kind == UF_TRACE_DEMAND && b != demanded ? UF_TRACE_READAHEAD : kind,
+			.took_ns = b == demanded ? (uint32_t)uf_min(took_ns, UINT32_MAX) : 0,
+		};
+	}
 }
 
 static void count(struct uf_memory *m, uint64_t blocks, uint8_t kind, uint64_t bytes)
@@ -133,6 +139,8 @@ static void count(struct uf_memory *m, uint64_t blocks, uint8_t kind, uint64_t b
 		m->stats.blocks_demand += blocks;
 	else if (kind == UF_TRACE_READAHEAD)
 		m->stats.blocks_readahead += blocks;
+	else if (kind == UF_TRACE_REPLAY)
+		m->stats.blocks_replay += blocks;
 	else
 		m->stats.blocks_prefetch += blocks;
 }
@@ -142,6 +150,7 @@ static void count(struct uf_memory *m, uint64_t blocks, uint8_t kind, uint64_t b
 void uf_reserve(struct uf_memory *m, uint64_t first, uint64_t blocks, uint8_t kind)
 {
 	uf_room(m, blocks << m->shift);
+	m->installs_begun++;
 	count(m, blocks, kind, uf_run_bytes(m, first, blocks));
 }
 
@@ -149,16 +158,19 @@ void uf_reserve(struct uf_memory *m, uint64_t first, uint64_t blocks, uint8_t ki
 void uf_unreserve(struct uf_memory *m, uint64_t first, uint64_t blocks, uint8_t kind)
 {
 	uf_unroom(m, blocks << m->shift);
+	m->installs_done++;
 	count(m, -blocks, kind, -uf_run_bytes(m, first, blocks)); // modulo 2^64
 }
 
 // Gives installed blocks up to their pool. The room was reserved before. Lock held.
-bool uf_loaded(struct uf_memory *m, uint64_t first, uint64_t count, bool huge, uint8_t kind)
+bool uf_loaded(struct uf_memory *m, uint64_t first, uint64_t count, bool huge, uint8_t kind, uint64_t demanded, uint64_t took_ns)
 {
 	bool dropped = false;
 	if (huge)
 		m->stats.bytes_extent += uf_run_bytes(m, first, count);
-	uf_trace(m, first, count, kind);
+	uf_trace(m, first, count, kind, demanded, took_ns);
+	m->installs_done++;
+	uf_seen_done(m, first, count);
 	for (uint64_t b = first; b < first + count; b++) {
 		dropped |= (uf_word(m, b) & UF_WORD_DROPPED) != 0;
 		uf_enqueue(m, b);
@@ -167,7 +179,7 @@ bool uf_loaded(struct uf_memory *m, uint64_t first, uint64_t count, bool huge, u
 		if (b == m->refilling)
 			refilled(m);
 		else if (uf_is_dirty(m, b))
-			uf_trace(m, b, 1, UF_TRACE_DIRTY);
+			uf_trace(m, b, 1, UF_TRACE_DIRTY, UF_NIL, 0);
 	}
 	return dropped;
 }
@@ -220,7 +232,7 @@ void uf_poison(struct uf_memory *m, uint64_t block, unsigned attempts, int err, 
 		return;
 	}
 	m->stats.poisoned++;
-	uf_trace(m, block, 1, UF_TRACE_POISON);
+	uf_trace(m, block, 1, UF_TRACE_POISON, UF_NIL, 0);
 	uf_record_error(m, block, 1, attempts, err, message, true);
 	if (block == m->refilling) { // what other code did not drop is there, and dirty as before
 		uf_unclaim(m, block, 1);
@@ -328,7 +340,7 @@ int uf_load_inline(struct uf_memory *m, uint64_t first, uint64_t count, uint8_t 
 			snprintf(why->message, sizeof(why->message), "UFFDIO_COPY: %s", strerrordesc_np(-err));
 		}
 	} else {
-		woken &= !uf_loaded(m, first, count, huge, kind);
+		woken &= !uf_loaded(m, first, count, huge, kind, kind == UF_TRACE_DEMAND ? first : UF_NIL, fault_ns ? t2 - fault_ns : 0);
 		uf_histogram_add(&m->stats.latency[UF_STAGE_SOURCE], t1 - t0);
 		uf_histogram_add(&m->stats.latency[UF_STAGE_INSTALL], t2 - t1);
 		if (fault_ns) {

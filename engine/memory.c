@@ -166,6 +166,8 @@ void uf_memory_free(struct uf_memory *m)
 	munmap(m->reserve, m->reserve_length);
 	if (m->fd >= 0)
 		close(m->fd);
+	uf_replay_end(m);
+	uf_watch_free(m);
 	if (m->trace)
 		munmap(m->trace, m->trace_capacity * sizeof(*m->trace));
 	munmap(m->state, m->nblocks * sizeof(*m->state));
@@ -318,6 +320,7 @@ void uf_memory_close(struct uf_memory *m)
 	// Release: who finds its COPY refused looks here.
 	atomic_store_explicit(&m->closed, true, memory_order_release);
 	m->nbackground = 0;
+	uf_replay_end(m);
 	uf_pool_leave(m);
 	uf_job_cancel(m);
 	uf_slots_leave(m);
@@ -429,11 +432,19 @@ int uf_memory_trace(struct uf_memory *m, uint32_t capacity)
 	return 0;
 }
 
+enum { TRACE_PATIENCE = 250 }; // milliseconds
+
 uint32_t uf_memory_trace_read(struct uf_memory *m, struct uf_trace_record *ret, uint32_t max, uint64_t *lost)
 {
 	uint32_t n = 0;
 	*lost = 0;
 	pthread_mutex_lock(&m->pager->lock);
+	// A thread whose block has just been installed may be here before that block's record: COPY woke it. How long the load took is
+	// known only afterwards.
+	uint64_t begun = m->installs_begun;
+	for (unsigned i = 0; i < TRACE_PATIENCE && m->trace && m->installs_done < begun &&
+			     !atomic_load_explicit(&m->closed, memory_order_relaxed); i++)
+		uf_wait_changed(m->pager, 1);
 	if (m->trace) {
 		if (m->trace_in - m->trace_out > m->trace_capacity) {
 			*lost = m->trace_in - m->trace_out - m->trace_capacity;

@@ -270,7 +270,7 @@ static uint64_t settle(struct batch *b, int *err)
 			}
 			continue;
 		} else {
-			uf_trace(m, first, count, UF_TRACE_EVICT);
+			uf_trace(m, first, count, UF_TRACE_EVICT, UF_NIL, 0);
 			for (uint64_t k = first; k < first + count; k++)
 				uf_word_store(m, k, uf_stamp(m) << UF_STAMP_SHIFT | (uf_word(m, k) & UF_WORD_MAIN) | UF_ABSENT);
 			m->stats.evictions += count;

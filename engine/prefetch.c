@@ -60,6 +60,7 @@ static int pass(struct uf_memory *m, uint64_t first, uint64_t end, bool single, 
 			if (!uf_job_post(m, at, n, UF_TRACE_PREFETCH, 0, ticket))
 				uf_unclaim(m, at, n); // cannot be: looked above, under the same lock
 		} else if (n) {
+			uf_seen_coming(m, at, n, false);
 			uf_reserve(m, at, n, UF_TRACE_PREFETCH);
 			pthread_mutex_unlock(&p->lock);
 			struct uf_failure why = {0};

@@ -62,7 +62,7 @@ static bool is_scan(const struct uf_stream *s)
 
 static bool off(const struct uf_memory *m)
 {
-	return m->advice == UF_RANDOM || m->stats.faults < m->quiet_until;
+	return m->advice == UF_RANDOM || m->access_watchers || m->stats.faults < m->quiet_until;
 }
 
 static struct uf_stream *sequential_at(struct uf_memory *m, uint64_t block)

@@ -333,6 +333,7 @@ bool uf_restore(struct uf_memory *m, uint64_t block, bool write)
 	op->part[0].count = 1;
 	op->restores = true;
 	s->restoring++;
+	uf_seen(m, block, write);
 	if (was == UF_WRITING)
 		uf_account(m, uf_block_size(m)); // beside the slot's own, until that is written
 	else
@@ -364,6 +365,7 @@ bool uf_restore(struct uf_memory *m, uint64_t block, bool write)
 		// On a failure what was there is there still, and may be newer than the slot's.
 		enum uf_state now = err ? was : protect_it ? UF_RESTORED : UF_REINSTALLED;
 		uf_enqueue_main(m, block);
+		uf_seen_done(m, block, 1);
 		uf_word_store(m, block, (w & UF_SLOT_BITS) | UF_WORD_MAIN | now);
 		m->stats.reinstalled += was == UF_WRITING;
 	}
@@ -391,6 +393,7 @@ static void reinstall(struct uf_slot *s)
 			pthread_mutex_unlock(&p->lock);
 			uf_restore(m, b, true);
 			pthread_mutex_lock(&p->lock);
+			uf_seen_blind(m, b); // nobody has touched it
 			if (UF_STATE(uf_word(m, b)) == UF_WRITING)
 				uf_wait_changed(p, 10); // out of memory, or of records: it has to go somewhere
 		} else {
@@ -436,7 +439,7 @@ static void finish(struct uf_slot *s)
 	if (!failed && m->unsynced)
 		uf_unsynced_add(m, s->first, s->count);
 	if (!failed && !atomic_load_explicit(&m->closed, memory_order_relaxed)) {
-		uf_trace(m, s->first, s->count, UF_TRACE_WRITE);
+		uf_trace(m, s->first, s->count, UF_TRACE_WRITE, UF_NIL, 0);
 		m->complained = false;
 	}
 	if (s->resident) // else the close has taken it off

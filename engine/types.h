@@ -107,6 +107,11 @@ struct uf_background {
 	bool single; // block by block: the run failed as a whole
 };
 
+// What is noted of blocks that are touched (watch.c).
+enum uf_seen { UF_SEEN_ACCESSED, UF_SEEN_WRITTEN, UF_SEEN_BLIND, UF_SEEN_LATE, UF_SEEN };
+
+struct uf_replay;
+
 struct uf_memory {
 	// Set at creation, constant afterwards.
 	struct uf_pager *pager;
@@ -158,6 +163,10 @@ struct uf_memory {
 	struct uf_trace_record *trace;
 	uint32_t trace_capacity;
 	uint64_t trace_in, trace_out;
+	uint64_t installs_begun, installs_done; // runs of blocks, since the memory was made
+	struct uf_replay *replay; // a plan that is under way (replay.c)
+	unsigned watchers, access_watchers; // of these (watch.c)
+	uint64_t *seen[UF_SEEN]; // a bit per block; NULL until it is watched
 
 	// Writable memories (store is not UF_STORE_NONE). `store` changes in a forked child only.
 	enum uf_store_kind store;
@@ -248,6 +257,7 @@ struct uf_job {
 	uint64_t first, count;    // blocks, all LOADING
 	uint8_t kind;             // enum uf_trace_kind
 	bool demanded;            // a fault waits
+	uint64_t asked_for;       // for this block
 	bool hold;                // becomes HELD when read
 	bool abandoned;           // LOAD: nobody waits any more
 	bool late;                // its worker was killed because of it

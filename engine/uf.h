@@ -64,7 +64,7 @@ enum uf_delivery { UF_DELIVERY_THREAD, UF_DELIVERY_DIRECT };
 enum uf_advice { UF_NORMAL, UF_RANDOM, UF_SEQUENTIAL };
 
 enum uf_trace_kind { UF_TRACE_DEMAND = 1, UF_TRACE_READAHEAD, UF_TRACE_PREFETCH, UF_TRACE_EVICT, UF_TRACE_POISON,
-		     UF_TRACE_WRITE, UF_TRACE_DIRTY };
+		     UF_TRACE_WRITE, UF_TRACE_DIRTY, UF_TRACE_REPLAY };
 
 enum uf_stage { UF_STAGE_QUEUE, UF_STAGE_SOURCE, UF_STAGE_INSTALL, UF_STAGE_FAULT, UF_STAGE_WRITE, UF_STAGES };
 
@@ -129,7 +129,8 @@ struct uf_histogram {
 struct uf_stats {
 	uint64_t faults;           // messages for blocks that were absent
 	uint64_t duplicates;       // messages for blocks that were loading or there already
-	uint64_t blocks_demand, blocks_readahead, blocks_prefetch;
+	uint64_t blocks_demand, blocks_readahead, blocks_prefetch, blocks_replay;
+	uint64_t replays_dropped;  // plans that the program did not follow
 	uint64_t bytes_read;       // read from the source
 	uint64_t bytes_extent;     // of these, installed as 2 MiB extents
 	uint64_t evictions;        // blocks
@@ -156,8 +157,9 @@ struct uf_pager_stats {
 struct uf_trace_record {
 	uint64_t t_ns; // CLOCK_MONOTONIC
 	uint32_t block;
+	uint32_t took_ns; // DEMAND: from the fault's message to its block in place, 0 = not known; UINT32_MAX = that or longer
 	uint8_t kind;
-	uint8_t pad[3];
+	uint8_t pad[7];
 };
 
 // How a wait or a prefetch failed.
@@ -220,6 +222,19 @@ uint64_t uf_memory_evict(struct uf_memory *m, uint64_t first, uint64_t count);
 // inherited by fork. May block for as long as the store does.
 int uf_memory_flush(struct uf_memory *m, uint64_t first, uint64_t count, struct uf_failure *failures, uint32_t most,
 		    uint32_t *n);
+// Loads extents (pairs of first block and count) in the background, in this order, as far ahead of demand as the budget
+// allows; in the place of a plan that is under way. -EBADF: it is closed.
+int uf_memory_replay(struct uf_memory *m, const uint64_t *extents, uint64_t n);
+// From now on blocks that are touched are noted: with `accesses` all that are touched (what is resident is evicted, readahead is off),
+// else only those that are written (what is dirty is written back). Counted: as many uf_memory_unwatch end it. May block
+// for as long as the store does.
+int uf_memory_watch(struct uf_memory *m, bool accesses);
+void uf_memory_unwatch(struct uf_memory *m, bool accesses);
+// What was noted: a bit per block, in (nblocks + 63) / 64 words each. `accessed` tells nothing of reads unless accesses are watched.
+// `blind`: nobody can tell, so they count as touched. `rearm`: begins a new interval; nothing is lost between the two; may block for as
+// long as the store does, and the source of a block that is being written to for the first time. The words must not lie in paged memory.
+// -EINVAL: it is not watched.
+int uf_memory_watched(struct uf_memory *m, uint64_t *accessed, uint64_t *written, uint64_t *blind, bool rearm);
 // Keeps blocks resident, present and at their physical place as far as the engine moves them, until they are unpinned as
 // often. For memory that devices write to.
 int uf_memory_pin(struct uf_memory *m, uint64_t first, uint64_t count, struct uf_failure *why);

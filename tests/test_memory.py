@@ -380,7 +380,7 @@ def test_a_trace_tells_what_happened_to_blocks() -> None:
         memory.prefetch((5 * BLOCK, 7 * BLOCK))
         memory.evict((3 * BLOCK, 4 * BLOCK))
         events = memory.trace_read()
-        assert events.dtype.names == ("t_ns", "block", "kind")
+        assert events.dtype.names == ("t_ns", "block", "kind", "took_ns")
         assert events["block"].tolist() == [3, 5, 6, 3]
         assert events["kind"].tolist() == [1, 3, 3, 4]
         assert np.all(np.diff(events["t_ns"].astype(np.int64)) >= 0)

@@ -324,6 +324,38 @@ cdef class Memory:
             err = uf_memory_unpin(self.m, first, count)
         check(err)
 
+    def _replay(self, const uint64_t[:, ::1] extents not None):
+        cdef int err
+        cdef uint64_t n = extents.shape[0]
+        self.ready()
+        if extents.shape[1] != 2:
+            raise EngineError(EINVAL, "extents are pairs")
+        if n:
+            with nogil:
+                err = uf_memory_replay(self.m, &extents[0, 0], n)
+            check(err)
+
+    def _watch(self, bint accesses):
+        cdef int err
+        self.ready()
+        with nogil:
+            err = uf_memory_watch(self.m, accesses)
+        check(err)
+
+    def _unwatch(self, bint accesses):
+        if self.m != NULL:
+            with nogil:
+                uf_memory_unwatch(self.m, accesses)
+
+    def _watched(self, uint64_t[:, ::1] out not None, bint rearm):
+        cdef int err
+        self.ready()
+        if out.shape[0] != 3 or <uint64_t>out.shape[1] != (self.nblocks + 63) // 64:
+            raise EngineError(EINVAL, "three rows of a bit for each block")
+        with nogil:
+            err = uf_memory_watched(self.m, &out[0, 0], &out[1, 0], &out[2, 0], rearm)
+        check(err)
+
     @property
     def _forked(self):
         return bool(uf_memory_forked(self.m)) if self.m != NULL else False

@@ -6,24 +6,34 @@ from typing import TYPE_CHECKING, Any
 
 from userfault import _engine
 from userfault._sigbus import warn_if_replaced
-from userfault.errors import ClosedError
+from userfault.errors import ClosedError, TrackError
 from userfault.stats import MemoryStats, from_engine
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
 __all__ = ["ObservedMemory"]
 
-_TRACE_DTYPE = [("t_ns", "u8"), ("block", "u4"), ("kind", "u1"), ("pad", "u1", 3)]
+_TRACE_DTYPE = [("t_ns", "u8"), ("block", "u4"), ("took_ns", "u4"), ("kind", "u1"), ("pad", "u1", 7)]
 # States (`enum uf_state`) in which a block's bytes are in memory: clean, upgrading, dirty, reinstalled, restored.
 _RESIDENT = bytes((2, 3, 4, 8, 9))
 
 
 class ObservedMemory(_engine.Memory):
-    """The part of `PagedMemory` that counts and records."""
+    """The part of `PagedMemory` that counts and records.
+
+    Attributes:
+        trace_lost: Events of the trace that were overwritten before `trace_read` came for them.
+    """
 
     name: str
+    trace_lost = 0
     _direct = False
+    # Who has the trace, if there is one: "the program", or "a recorder", which is told before the memory goes.
+    _traced_for = ""
+    _when_gone: Callable[[ObservedMemory], None] | None = None
 
     def _check_open(self) -> None:
         if self.closed:
@@ -56,27 +66,61 @@ class ObservedMemory(_engine.Memory):
         return not states.translate(None, _RESIDENT)
 
     def trace_start(self, capacity: int = 1 << 20) -> None:
-        """Record what happens to blocks from now on, the newest `capacity` events (16 bytes each)."""
-        self._check_open()
-        self._trace(capacity)
+        """Record what happens to blocks from now on, the newest `capacity` events (24 bytes each).
+
+        Raises:
+            TrackError: A `userfault.track.Recorder` records it.
+        """
+        self._trace_for("the program", capacity)
 
     def trace_read(self) -> np.ndarray[Any, Any]:
         """Return the events since the last call, and forget them.
 
         Returns:
             A structured array: `t_ns` (CLOCK_MONOTONIC), `block`, `kind` (1 demand, 2 readahead, 3 prefetch,
-            4 eviction, 5 poison, 6 written back, 7 first write).
+            4 eviction, 5 poison, 6 written back, 7 first write, 8 replay), `took_ns` (of a demand, from its fault to
+            the block in place, if that is known; else 0).
+
+        Raises:
+            TrackError: A `userfault.track.Recorder` records it.
         """
+        self._check_trace("the program")
+        return self._read_trace()
+
+    def trace_stop(self) -> None:
+        """End recording and free its buffer.
+
+        Raises:
+            TrackError: A `userfault.track.Recorder` records it.
+        """
+        self._check_trace("the program")
+        self._end_trace()
+
+    def _check_trace(self, who: str) -> None:
+        if self._traced_for and self._traced_for != who:
+            raise TrackError(
+                f"{self.name}: {self._traced_for} has its trace; events go to one reader only, so end that one first"
+            )
+
+    def _trace_for(self, who: str, capacity: int) -> None:
+        self._check_open()
+        self._check_trace("" if who == "a recorder" else who)
+        self._trace(capacity)
+        self.trace_lost = 0
+        self._traced_for = who
+
+    def _read_trace(self) -> np.ndarray[Any, Any]:
         import numpy as np
 
         parts = []
         while True:
             part = np.zeros(1 << 16, dtype=_TRACE_DTYPE)
-            n, _ = self._trace_read(part.view(np.uint8).data)
+            n, lost = self._trace_read(part.view(np.uint8).data)
+            self.trace_lost += lost
             parts.append(part[:n])
             if n < len(part):
-                return np.concatenate(parts)[["t_ns", "block", "kind"]]
+                return np.concatenate(parts)[["t_ns", "block", "kind", "took_ns"]]
 
-    def trace_stop(self) -> None:
-        """End recording and free its buffer."""
+    def _end_trace(self) -> None:
         self._trace(0)
+        self._traced_for = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import os
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -44,3 +45,12 @@ def _forget(reference: weakref.ref[PagedMemory]) -> None:
             entries[:] = [old for old in entries if old[2] is not reference]
         finally:
             _lock.release()
+
+
+def _in_child() -> None:
+    # Another thread, which is not here, may have been in one of the functions above.
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from userfault import _engine
 from userfault._observed import ObservedMemory
 from userfault._pin import Pin
 from userfault._ranges import block_runs
-from userfault.errors import BudgetError, ClosedError, SourceError, UserfaultError
+from userfault.errors import BudgetError, ClosedError, KernelError, SourceError, UserfaultError
 from userfault.sizes import format_size
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Mask = NDArray[np.bool_]
 
 __all__ = ["Advice", "ResidentMemory"]
 
@@ -109,6 +115,38 @@ class ResidentMemory(ObservedMemory):
                     f"({error.message or os.strerror(error.errno)})"
                 ) from None
             raise self._source_error(error) from None
+
+    def _begin_watch(self, accesses: bool) -> None:
+        """Note which blocks are touched from now on; as many `_unwatch` end it. See engine/watch.c."""
+        self._check_open()
+        try:
+            self._watch(accesses)
+        except _engine.EngineError as error:
+            raise self._watch_error(error) from None
+
+    def _watched_blocks(self, rearm: bool) -> tuple[Mask, Mask, Mask]:
+        """Return what was touched: `nblocks` booleans each, accessed, written, and blind (nobody can tell).
+
+        `rearm` begins a new interval. Accesses tell nothing of reads unless they are watched.
+        """
+        import numpy as np
+
+        bits = np.zeros((3, (self.nblocks + 63) // 64), np.uint64)
+        self._check_open()
+        try:
+            self._watched(bits.data, rearm)
+        except _engine.EngineError as error:
+            raise self._watch_error(error) from None
+        octets = bits.astype("<u8").view(np.uint8)
+        masks = np.unpackbits(octets, axis=1, count=self.nblocks, bitorder="little").view(np.bool_)
+        return masks[0], masks[1], masks[2]
+
+    def _watch_error(self, error: _engine.EngineError) -> UserfaultError:
+        if error.errno == errno.EBADF:
+            return ClosedError(f"{self.name} was closed")
+        return KernelError(
+            f"{self.name} cannot be watched: {error.message or os.strerror(error.errno)}", errno=error.errno
+        )
 
     def advise(self, advice: Advice) -> None:
         """Say how it will be read: `"random"` turns readahead off, `"sequential"` starts it at once.

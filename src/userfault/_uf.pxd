@@ -60,7 +60,7 @@ cdef extern from "uf.h" nogil:
         uint64_t count, sum_ns
         uint64_t buckets[160]
     struct uf_stats:
-        uint64_t faults, duplicates, blocks_demand, blocks_readahead, blocks_prefetch
+        uint64_t faults, duplicates, blocks_demand, blocks_readahead, blocks_prefetch, blocks_replay, replays_dropped
         uint64_t bytes_read, bytes_extent, evictions, retries, errors, poisoned
         uint64_t resident, resident_peak, budget
         uint64_t upgrades, dirty, writebacks, bytes_written, bytes_scratch, reinstalled, write_errors
@@ -101,6 +101,10 @@ cdef extern from "uf.h" nogil:
     void uf_memory_advise(uf_memory *, uf_advice)
     int uf_memory_prefetch(uf_memory *, uint64_t, uint64_t, bint, uf_failure *)
     uint64_t uf_memory_evict(uf_memory *, uint64_t, uint64_t)
+    int uf_memory_replay(uf_memory *, const uint64_t *, uint64_t)
+    int uf_memory_watch(uf_memory *, bint)
+    void uf_memory_unwatch(uf_memory *, bint)
+    int uf_memory_watched(uf_memory *, uint64_t *, uint64_t *, uint64_t *, bint)
     int uf_memory_flush(uf_memory *, uint64_t, uint64_t, uf_failure *, uint32_t, uint32_t *)
     int uf_memory_pin(uf_memory *, uint64_t, uint64_t, uf_failure *)
     int uf_memory_unpin(uf_memory *, uint64_t, uint64_t)

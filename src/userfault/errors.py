@@ -18,6 +18,9 @@ UserfaultError                       everything below; catch this to catch all o
 │   ├── SourceNotFoundError FileNotFoundError   ... because it is not there
 │   └── FlushError                     what was written could not all be stored
 ├── ForkedError        RuntimeError    flush() of a memory that a forked child inherited
+├── TrackError         RuntimeError    a tracker was used after its end, or two trackers are in each other's way
+│   └── UntrackableError               ... or nothing here can track this memory, or tell what was asked
+├── TraceError         ValueError      a file is no trace, or a damaged one, or of a newer version
 ├── PrivilegeError     PermissionError this user may not use userfaultfd
 ├── KernelError        OSError         the kernel lacks something, or refused it
 ├── WorkerError        RuntimeError    a worker process did not start, or died
@@ -50,8 +53,11 @@ __all__ = [
     "SourceError",
     "SourceNotFoundError",
     "SourcePickleError",
+    "TraceError",
+    "TrackError",
     "TruncatedError",
     "UnsupportedDtypeError",
+    "UntrackableError",
     "UserfaultError",
     "WorkerError",
     "WriteFailure",
@@ -226,6 +232,18 @@ class FlushError(SourceError):
 
 class ForkedError(UserfaultError, RuntimeError):
     """A forked child cannot write back a memory that it inherited: its changes are its own, the parent has the rest."""
+
+
+class TrackError(UserfaultError, RuntimeError):
+    """A tracker was used after its end, or two trackers of one memory are in each other's way."""
+
+
+class UntrackableError(TrackError):
+    """No method of this kernel can track this memory, or tell what was asked of it; the message says what would."""
+
+
+class TraceError(UserfaultError, ValueError):
+    """A file is no trace, or a damaged one, or was written by a newer version."""
 
 
 class KernelError(UserfaultError, OSError):

@@ -273,12 +273,16 @@ class PagedMemory(ResidentMemory):
                 if not force:
                     raise
                 lost = lost_text(self, error)
+        if self._when_gone is not None:
+            self._when_gone(self)
         self._close()
         if lost is not None:
             warnings.warn(lost, RuntimeWarning, stacklevel=2)
 
     def __del__(self) -> None:
         flush_unasked(self)
+        if self._when_gone is not None:
+            self._when_gone(self)
 
     def __enter__(self) -> Self:
         self._check_open()

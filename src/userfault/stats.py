@@ -95,6 +95,8 @@ class MemoryStats:
         blocks_demand: Blocks loaded because a fault waited.
         blocks_readahead: Blocks loaded ahead of a sequential or strided scan.
         blocks_prefetch: Blocks loaded by `prefetch` or `populate`.
+        blocks_replay: Blocks loaded because an earlier run needed them (`open(replay=...)`).
+        replays_dropped: Such plans that were given up, because the program did not follow them.
         bytes_read: Bytes read from the source.
         bytes_extent: Of these, bytes that came as 2 MiB extents (huge pages).
         resident_bytes: Bytes resident now.
@@ -121,6 +123,8 @@ class MemoryStats:
     blocks_demand: int
     blocks_readahead: int
     blocks_prefetch: int
+    blocks_replay: int
+    replays_dropped: int
     bytes_read: int
     bytes_extent: int
     resident_bytes: int
@@ -143,7 +147,7 @@ class MemoryStats:
     @property
     def blocks_read(self) -> int:
         """Blocks loaded, for whatever reason."""
-        return self.blocks_demand + self.blocks_readahead + self.blocks_prefetch
+        return self.blocks_demand + self.blocks_readahead + self.blocks_prefetch + self.blocks_replay
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as types that JSON has."""
@@ -177,6 +181,8 @@ def from_engine(raw: dict[str, Any]) -> MemoryStats:
         blocks_demand=raw["blocks_demand"],
         blocks_readahead=raw["blocks_readahead"],
         blocks_prefetch=raw["blocks_prefetch"],
+        blocks_replay=raw["blocks_replay"],
+        replays_dropped=raw["replays_dropped"],
         bytes_read=raw["bytes_read"],
         bytes_extent=raw["bytes_extent"],
         resident_bytes=raw["resident"],

@@ -59,6 +59,7 @@ _MEMORY_COUNTERS: Final = (
     _Metric("upgrades", "write_protect_faults", "First writes to clean blocks."),
     _Metric("bytes_read", "read_bytes", "Bytes read from the source."),
     _Metric("bytes_extent", "read_extent_bytes", "Of these, bytes that came as 2 MiB extents (huge pages)."),
+    _Metric("replays_dropped", "dropped_replays", "Replay plans that the program did not follow."),
     _Metric("retries", "read_retries", "Reads that failed and were tried again."),
     _Metric("error_count", "read_errors", "Reads that failed for good."),
     _Metric("evictions", "evicted_blocks", "Blocks evicted."),
@@ -76,7 +77,7 @@ _MEMORY_GAUGES: Final = (
     _Metric("poisoned_blocks", "poisoned_blocks", "Blocks whose source failed while a fault waited."),
 )
 # One metric, by reason: their sum is `blocks_read`.
-_LOADS: Final = {"demand": "blocks_demand", "readahead": "blocks_readahead", "prefetch": "blocks_prefetch"}
+_LOADS: Final = {how: f"blocks_{how}" for how in ("demand", "readahead", "prefetch", "replay")}
 _PAGER_COUNTERS: Final = (
     _Metric("workers_started", "pager_workers_started", "Worker processes started."),
     _Metric("workers_lost", "pager_workers_lost", "Worker processes that ended unasked."),
