@@ -11,22 +11,30 @@
 #define UFFD_USER_MODE_ONLY 1
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 
-enum { UFFD_EVENT_PAGEFAULT = 0x12 };
-enum { UFFD_PAGEFAULT_FLAG_WRITE = 1, UFFD_PAGEFAULT_FLAG_WP = 2, UFFD_PAGEFAULT_FLAG_MINOR = 4 };
+enum { UFFD_EVENT_PAGEFAULT = 0x12, UFFD_EVENT_REMAP = 0x14, UFFD_EVENT_REMOVE = 0x15, UFFD_EVENT_UNMAP = 0x16 };
+enum { UFFD_PAGEFAULT_FLAG_WRITE = 1, UFFD_PAGEFAULT_FLAG_WP = 2, UFFD_PAGEFAULT_FLAG_MINOR = 4, UFFD_PAGEFAULT_FLAG_RWP = 8 };
 
 #define UFFD_FEATURE_PAGEFAULT_FLAG_WP (1ULL << 0)
+#define UFFD_FEATURE_EVENT_REMAP (1ULL << 2)
+#define UFFD_FEATURE_EVENT_REMOVE (1ULL << 3)
+#define UFFD_FEATURE_EVENT_UNMAP (1ULL << 6)
 #define UFFD_FEATURE_SIGBUS (1ULL << 7)
 #define UFFD_FEATURE_THREAD_ID (1ULL << 8)
 #define UFFD_FEATURE_EXACT_ADDRESS (1ULL << 11)
 #define UFFD_FEATURE_POISON (1ULL << 14)
 #define UFFD_FEATURE_MOVE (1ULL << 16)
+#define UFFD_FEATURE_RWP (1ULL << 17)
+#define UFFD_FEATURE_RWP_ASYNC (1ULL << 18)
 
 #define UFFDIO_REGISTER_MODE_MISSING 1ULL
 #define UFFDIO_REGISTER_MODE_WP 2ULL
+#define UFFDIO_REGISTER_MODE_RWP 8ULL
 #define UFFDIO_COPY_MODE_DONTWAKE 1ULL
 #define UFFDIO_COPY_MODE_WP 2ULL
 #define UFFDIO_MOVE_MODE_DONTWAKE 1ULL
+#define UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES 2ULL
 #define UFFDIO_WRITEPROTECT_MODE_WP 1ULL
+#define UFFDIO_RWPROTECT_MODE_RWP 1ULL
 #define UFFDIO_POISON_MODE_DONTWAKE 1ULL
 
 struct uffd_msg {
@@ -40,6 +48,12 @@ struct uffd_msg {
 				__u32 ptid;
 			} feat;
 		} pagefault;
+		struct {
+			__u64 from, to, len;
+		} remap;
+		struct {
+			__u64 start, end;
+		} remove; // and unmap
 		__u64 reserved[3];
 	} arg;
 } __attribute__((packed));
@@ -66,10 +80,22 @@ struct uffdio_writeprotect {
 	struct uffdio_range range;
 	__u64 mode;
 };
+struct uffdio_zeropage {
+	struct uffdio_range range;
+	__u64 mode;
+	__s64 zeropage;
+};
 struct uffdio_poison {
 	struct uffdio_range range;
 	__u64 mode;
 	__s64 updated;
+};
+struct uffdio_rwprotect {
+	struct uffdio_range range;
+	__u64 mode;
+};
+struct uffdio_set_mode {
+	__u64 enable, disable;
 };
 
 #define UFFDIO_API _IOWR(0xAA, 0x3F, struct uffdio_api)
@@ -77,9 +103,12 @@ struct uffdio_poison {
 #define UFFDIO_UNREGISTER _IOR(0xAA, 0x01, struct uffdio_range)
 #define UFFDIO_WAKE _IOR(0xAA, 0x02, struct uffdio_range)
 #define UFFDIO_COPY _IOWR(0xAA, 0x03, struct uffdio_copy)
+#define UFFDIO_ZEROPAGE _IOWR(0xAA, 0x04, struct uffdio_zeropage)
 #define UFFDIO_MOVE _IOWR(0xAA, 0x05, struct uffdio_move)
 #define UFFDIO_WRITEPROTECT _IOWR(0xAA, 0x06, struct uffdio_writeprotect)
 #define UFFDIO_POISON _IOWR(0xAA, 0x08, struct uffdio_poison)
+#define UFFDIO_RWPROTECT _IOWR(0xAA, 0x09, struct uffdio_rwprotect)
+#define UFFDIO_SET_MODE _IOW(0xAA, 0x0A, struct uffdio_set_mode)
 
 // Missing from older system headers.
 #ifndef MADV_DONTNEED_LOCKED
