@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="ARGUMENT",
-        help="for pytest, in place of tests/kernel (--pytest=-krwp --pytest=tests/kernel), and do not compare skips",
+        help="for pytest, in place of its tests here (--pytest=-krwp --pytest=tests/kernel), and do not compare skips",
     )
     parser.add_argument(
         "--write-expected",

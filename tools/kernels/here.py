@@ -11,7 +11,17 @@ from kernels.initramfs import GUEST, ROOT
 from kernels.results import Results
 
 PYTEST = ("-p", "matrix_plugin", "-p", "no:cacheprovider", "--color=no")
-TESTS = "tests/kernel"
+# Of tracking, those of accesses: which method tells them depends on the kernel.
+TESTS = (
+    "tests/kernel",
+    "tests/track/test_rwp_tracking.py",
+    "tests/track/test_accesses.py",
+    "tests/track/test_accesses_concurrent.py",
+    "tests/track/test_accesses_gaps.py",
+    "tests/track/test_accesses_limits.py",
+    "tests/track/test_stash.py",
+    "tests/track/test_cold.py",
+)
 
 
 class PreparationError(Exception):
@@ -24,7 +34,7 @@ def collect(arguments: list[str], work: Path) -> tuple[list[str], Path]:
     events.unlink(missing_ok=True)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     env |= {"PYTHONPATH": str(GUEST), "PYTHONPYCACHEPREFIX": str(compiled), "MATRIX_EVENTS": str(events)}
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *PYTEST, *(arguments or [TESTS])]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *PYTEST, *(arguments or TESTS)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     results = Results()
     if events.exists():

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 GUEST = Path(__file__).resolve().parent / "guest"
 
 DISTRIBUTIONS = ("pytest", "numpy", "hypothesis")
-TESTS = ("pyproject.toml", "tests/conftest.py", "tests/support", "tests/kernel")
+COMPILED = ("_engine", "_allocations", "_mirror")
+TESTS = ("pyproject.toml", "tests/conftest.py", "tests/support", "tests/kernel", "tests/track")
 # What tests may want to start, where this machine has it.
 PROGRAMS = ("sh", "true", "sleep", "setpriv", "unshare")
 
@@ -102,14 +103,18 @@ def _add_userfault(archive: Archive) -> None:
     for file in found.files or ():
         if file.parts[0].endswith(".dist-info"):
             archive.copy(Path(file.locate()))
-    spec, engine = (importlib.util.find_spec(name) for name in ("userfault", "userfault._engine"))
-    if not (spec and spec.origin and engine and engine.origin):
+    spec = importlib.util.find_spec("userfault")
+    if not (spec and spec.origin):
         raise ModuleNotFoundError("userfault is not installed here")
     source = Path(spec.origin).parent
     target = Path(str(found.locate_file("userfault"))).resolve()
     for path in _tree(source, _PACKAGES_WITHOUT):
         _put(archive, target / path.relative_to(source), path)
-    _put(archive, target / Path(engine.origin).name, Path(engine.origin))
+    for name in COMPILED:
+        module = importlib.util.find_spec(f"userfault.{name}")
+        if not (module and module.origin):
+            raise ModuleNotFoundError(f"userfault.{name} is not installed here")
+        _put(archive, target / Path(module.origin).name, Path(module.origin))
 
 
 def _add_tests(archive: Archive, compiled: Path) -> None:

@@ -154,7 +154,7 @@ def _plan(step: str, modules: list[str], programs: list[Path], options: argparse
         "-o",
         limit,
         "--hypothesis-profile=emulated",
-        *(options.pytest or [here.TESTS]),
+        *(options.pytest or here.TESTS),
     ]
     return {
         "python": sys.executable,

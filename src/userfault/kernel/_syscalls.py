@@ -18,7 +18,7 @@ from userfault.kernel.abi import UFFD_DEVICE, Request
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ioctl", "madvise_self", "open_by_device", "open_by_syscall"]
+__all__ = ["ioctl", "madvise_process", "madvise_self", "open_by_device", "open_by_syscall", "process_madvise"]
 
 _PROCESS_MADVISE: Final = later_syscall_number(440)
 _DEFAULT_FLAGS: Final = os.O_CLOEXEC | os.O_NONBLOCK
@@ -81,19 +81,40 @@ def madvise_self(ranges: list[tuple[int, int]], advice: int) -> int:
     Raises:
         OSError: EINVAL where process_madvise(2) does not know this advice, ENOSYS before Linux 5.10.
     """
+    return madvise_process(os.getpid(), ranges, advice)
+
+
+def madvise_process(pid: int, ranges: list[tuple[int, int]], advice: int) -> int:
+    """Advise at most 1024 `(address, length)` ranges of a process, and return how many bytes were.
+
+    The kernel stops at the first range that it refuses; the error is told only if it is the first of all.
+
+    Raises:
+        OSError: EPERM without CAP_SYS_NICE or the right to look at the process, ESRCH if there is none, ENOMEM where
+            nothing is mapped, EINVAL for an advice that does not go with the memory, or that is for its owner only.
+    """
     vector = (_Iovec * len(ranges))(*(_Iovec(address, length) for address, length in ranges))
-    pidfd = os.pidfd_open(os.getpid())
+    pidfd = os.pidfd_open(pid)
     try:
-        return _checked(
-            "process_madvise",
-            _syscall()(
-                ctypes.c_long(_PROCESS_MADVISE),
-                ctypes.c_int(pidfd),
-                ctypes.byref(vector),
-                ctypes.c_size_t(len(ranges)),
-                ctypes.c_int(advice),
-                ctypes.c_uint(0),
-            ),
-        )
+        return process_madvise(pidfd, ctypes.addressof(vector), len(ranges), advice)
     finally:
         os.close(pidfd)
+
+
+def process_madvise(pidfd: int, vector: int, count: int, advice: int) -> int:
+    """Advise `count` ranges, of which `vector` is the address of an array of `struct iovec`; return the bytes done.
+
+    Raises:
+        OSError: As `madvise_self`; ranges before the one that failed are done, and then their bytes are returned.
+    """
+    return _checked(
+        "process_madvise",
+        _syscall()(
+            ctypes.c_long(_PROCESS_MADVISE),
+            ctypes.c_int(pidfd),
+            ctypes.c_void_p(vector),
+            ctypes.c_size_t(count),
+            ctypes.c_int(advice),
+            ctypes.c_uint(0),
+        ),
+    )

@@ -106,6 +106,13 @@ def _block(regions: int) -> tuple[Regions, int]:
     return block, block.ctypes.data
 
 
+def give_back(regions: Regions) -> None:
+    """Let the next scan use the memory of a large result, which nobody may look at any more."""
+    block = regions.base
+    if block is not None and not _spare:
+        _spare.append((block, block.ctypes.data))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Scan:
     """What a scan found.
