@@ -11,9 +11,11 @@ from typing import Any, Literal, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from userfault._trace import Trace
 from userfault.arrays._create import create
 from userfault.arrays._local import local_target
 from userfault.arrays._remote import expanded_url_target, url_target
+from userfault.arrays._replay import Replay, begin_replay, load_replay
 from userfault.arrays._request import (
     Format,
     Request,
@@ -58,6 +60,7 @@ def open(
     storage_options: Mapping[str, Any] | None = None,
     client: Client | None = None,
     delivery: Delivery | None = None,
+    replay: Replay | None = None,
     chunks: SupportsIndex | Iterable[SupportsIndex] | None = None,
 ) -> Any:
     """Open an array of any size and origin as a plain `numpy.ndarray`, paged in when touched.
@@ -89,6 +92,8 @@ def open(
         delivery: Who resolves a fault: a `"thread"` of the engine (None means that, too), or `"direct"`ly the thread
             that faults, inside a handler of SIGBUS: quicker, but system calls on missing pages get EFAULT
             (docs/performance.md says when it pays).
+        replay: A trace of an earlier run (a file of `userfault.track.Recorder` or `userfault record`): what that run
+            needed is loaded in its order, ahead of demand, as long as this one does the same.
         chunks: Shape of the chunks of a Zarr array that mode `"w+"` creates; None for about 1 MiB that lie together in
             memory.
 
@@ -106,6 +111,7 @@ def open(
         MissingExtraError: A package is missing; the message is the command that installs it.
         SourceError: It cannot be reached.
         BudgetError: The budget is too small, or no size.
+        TraceError: `replay` is no trace, or has no recording of this array.
         PrivilegeError: This user may not use userfaultfd.
 
     Example:
@@ -119,6 +125,7 @@ def open(
         raise ModeError(f"mode {mode!r}: chunks= is for mode 'w+', which creates; leave it out")
     if isinstance(offset, bool) or operator.index(offset) < 0:
         raise RangeError(f"offset={offset!r} is not a number of bytes from the beginning")
+    trace = None if replay is None else load_replay(replay)
     be_watched()
     with contextlib.ExitStack() as stack:
         request = Request(
@@ -134,7 +141,7 @@ def open(
         )
 
         def mapped(target: Target) -> Any:
-            return _map(target, request, name, memory, block, readahead, how)
+            return _map(target, request, name, memory, block, readahead, how, trace)
 
         if not isinstance(source, str | os.PathLike):
             return mapped(_object_target(source, request))
@@ -186,6 +193,7 @@ def _map(
     block: SupportsIndex | str | None,
     readahead: bool,
     delivery: Delivery,
+    trace: Trace | None,
 ) -> Any:
     """Map what was found, and return the array or arrays in it."""
     name = target.name if name is None else name
@@ -206,6 +214,12 @@ def _map(
         )
     except NothingToMapError as nothing:
         return _arrays(None, target, name, nothing.description, writable)
+    if trace is not None:
+        try:
+            begin_replay(memory, trace)
+        except BaseException:
+            memory.close()
+            raise
     return _arrays(memory, target, name, memory.description, writable)
 
 
