@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from userfault.cli import demo, doctor, info, version, watch
+from userfault.cli import demo, doctor, info, record, report, version, watch
 
 __all__ = ["app"]
 
@@ -28,6 +28,11 @@ _TRY, _LOOK = "Try it", "Look into things"
 
 app.command("demo", rich_help_panel=_TRY)(demo.demo)
 app.command("info", rich_help_panel=_LOOK)(info.info)
+# Options end at the program's name: what follows is the program's own.
+app.command("record", rich_help_panel=_LOOK, context_settings={"allow_interspersed_args": False})(
+    record.record
+)
+app.add_typer(report.app, name="report", rich_help_panel=_LOOK)
 app.command("watch", rich_help_panel=_LOOK)(watch.watch)
 app.command("doctor", rich_help_panel=_LOOK)(doctor.doctor)
 app.command("version", rich_help_panel=_LOOK)(version.version)

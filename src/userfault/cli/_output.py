@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
@@ -48,9 +49,9 @@ def error_console() -> Console:
     return Console(stderr=True, highlight=False, markup=False)
 
 
-def print_json(values: Mapping[str, Any]) -> None:
+def print_json(values: Mapping[str, Any], indent: int | None = 2) -> None:
     """Print the one JSON object of a command."""
-    print(json.dumps(values, indent=2, ensure_ascii=False))
+    print(json.dumps(values, indent=indent, ensure_ascii=False))
 
 
 def command(function: Callable[_P, int | None]) -> Callable[_P, None]:
@@ -76,6 +77,10 @@ def command(function: Callable[_P, int | None]) -> Callable[_P, None]:
 
 
 def _report(error: BaseException, *, as_json: bool) -> int:
+    if isinstance(error, BrokenPipeError):
+        # As `| head` does. The interpreter flushes stdout when it ends, and must not fail at that.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILED
     if isinstance(error, KeyboardInterrupt):
         print("userfault: interrupted", file=sys.stderr)
         return _INTERRUPTED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +16,8 @@ from userfault.sizes import format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from userfault.track import MethodInfo
 
 __all__ = ["doctor"]
 
@@ -41,6 +43,14 @@ _ARRAYS = {
         "open(delivery='direct')",
         "origin, delivery='direct'",
     ),
+}
+# In few words; `userfault.track.methods()` has all.
+_TRACKED = {
+    "wp-async": "any memory that can be written",
+    "drop": "shared memory: memfd, /dev/shm, shared mmap",
+    "stash": "NumPy arrays, bytearray, mmap",
+    "rwp-async": "the same, shared memory, hugetlb",
+    "blocks": "paged memory: userfault.open, empty, zeros",
 }
 _SYSTEM_CALLS = """\
 With delivery='direct' a system call on a page that is missing, or clean and to be
@@ -72,12 +82,15 @@ def doctor(*, everything: AllOption = False, as_json: JsonOption = False, debug:
     Everything is tried, nothing is concluded from version numbers. The exit code is 0 if arrays work here and
     1 if they do not.
     """
+    from userfault.track import methods  # the engine comes with it: not for those who only want help
+
     report = probe()
     report = replace(report, findings=(*_try_arrays(report), *report.findings))
+    tracking = methods()
     if as_json:
-        print_json(report.as_dict())
+        print_json({**report.as_dict(), "tracking": [asdict(method) for method in tracking]})
     else:
-        _print(report, everything=everything)
+        _print(report, tracking, everything=everything)
     return 0 if report.usable else 1
 
 
@@ -111,7 +124,27 @@ def _try_array(report: KernelReport, source: str) -> tuple[Status, str, str]:
     return Status.MISSING, evidence, "see the evidence; if it makes no sense, report it"
 
 
-def _print(report: KernelReport, *, everything: bool) -> None:
+def _tracking_findings(tracking: list[MethodInfo]) -> list[Finding]:
+    return [
+        Finding(
+            f"{'reads and writes' if method.writes else 'accesses'}: {method.name}"
+            if method.reads
+            else f"writes: {method.name}",
+            Group.ABILITY,
+            "",
+            method.since,
+            Level.OPTIONAL,
+            Negotiation.CALLED,
+            _TRACKED.get(method.name, method.memory),
+            Status.WORKS if method.available else Status.MISSING,
+            method.needs,
+            method.needs,
+        )
+        for method in tracking
+    ]
+
+
+def _print(report: KernelReport, tracking: list[MethodInfo], *, everything: bool) -> None:
     from userfault.reports.findings import findings_table, remedies
 
     console = table_console()
@@ -129,6 +162,10 @@ def _print(report: KernelReport, *, everything: bool) -> None:
         first = level is Level.REQUIRED
         console.print(findings_table(title, group, headings=first, first_width=width))
         console.print()
+    console.print(
+        findings_table("Tracking tells", _tracking_findings(tracking), headings=False, first_width=width)
+    )
+    console.print()
     direct = next(finding for finding in abilities if finding.name == "direct delivery")
     if direct.status is Status.WORKS:
         console.print(_SYSTEM_CALLS, highlight=False)

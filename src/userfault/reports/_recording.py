@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from userfault._trace import EventKind as Kind
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -15,16 +16,6 @@ __all__ = ["TRACE_DTYPE", "Kind", "Phase", "Recording"]
 
 # One record per event; a trace may carry more fields, these are the ones that are read.
 TRACE_DTYPE = np.dtype([("t_ns", "<u8"), ("block", "<u4"), ("kind", "u1")])
-
-
-class Kind(IntEnum):
-    """What a trace record says of its block."""
-
-    DEMAND = 1  # loaded because somebody touched it
-    READAHEAD = 2  # loaded because the access pattern said it would be touched
-    PREFETCH = 3  # loaded because the program asked for it
-    EVICT = 4  # dropped to keep the budget
-    POISON = 5  # given up: its source failed for good
 
 
 @dataclass(frozen=True, slots=True)

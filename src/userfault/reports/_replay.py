@@ -43,7 +43,7 @@ def changes(recording: Recording) -> Changes:
     """Find every change of residency.
 
     A block that is loaded while it is resident (two threads asked for it) or dropped while it is absent is no
-    change. A block whose first event is its eviction was resident before the trace began.
+    change. A block whose first event is its eviction, or a write, was resident before the trace began.
     """
     events = _ordered(recording)
     seconds = (events["t_ns"].astype(np.int64) - recording.start_ns) / 1e9
@@ -55,12 +55,13 @@ def changes(recording: Recording) -> Changes:
     first[1:] = sorted_block[1:] != sorted_block[:-1]
     before = np.zeros(len(events), bool)
     before[1:] = sorted_present[:-1]
-    was_evicted_first = events["kind"][by_block] == Kind.EVICT
-    before[first] = was_evicted_first[first]
+    # Only what is resident can be dropped, written to, or written back.
+    was_there = np.isin(events["kind"][by_block], (Kind.EVICT, Kind.DIRTY, Kind.WRITE))
+    before[first] = was_there[first]
     delta = np.empty(len(events), np.int8)
     delta[by_block] = sorted_present.astype(np.int8) - before.astype(np.int8)
     changed = delta != 0
-    return Changes(seconds[changed], block[changed], delta[changed], sorted_block[first & was_evicted_first])
+    return Changes(seconds[changed], block[changed], delta[changed], sorted_block[first & was_there])
 
 
 def resident_over_time(recording: Recording) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -104,7 +105,7 @@ def count(recording: Recording, kind: Kind, columns: int, rows: int) -> NDArray[
 def touched_blocks(recording: Recording, start_ns: int | None = None, end_ns: int | None = None) -> int:
     """Count the distinct blocks that were loaded, whatever for, within a stretch of time."""
     events = recording.events
-    wanted = (events["kind"] != Kind.EVICT) & (events["kind"] != Kind.POISON)
+    wanted = np.isin(events["kind"], (Kind.DEMAND, Kind.READAHEAD, Kind.PREFETCH, Kind.REPLAY))
     if start_ns is not None:
         wanted &= events["t_ns"] >= start_ns
     if end_ns is not None:

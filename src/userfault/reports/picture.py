@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from userfault.errors import MissingExtraError
+from userfault.reports._palette import KINDS, RESIDENT
 from userfault.reports._recording import Kind, Recording
 from userfault.reports._replay import occupancy, resident_over_time
 from userfault.reports._text import format_duration
@@ -21,16 +22,13 @@ __all__ = ["SUFFIXES", "draw", "figure"]
 
 SUFFIXES: Final = (".png", ".svg", ".pdf")
 
-# Okabe and Ito's palette, which people with any colour vision can tell apart. Evictions are drawn first, what
-# somebody waited for is on top.
+# How large the dots are; evictions are drawn first, what somebody waited for is on top.
+_SIZES: Final = {Kind.EVICT: 2.0, Kind.DEMAND: 4.0, Kind.POISON: 40.0}
 _STYLE: Final = {
-    Kind.EVICT: ("evicted", "#B8B8B8", 2.0),
-    Kind.READAHEAD: ("readahead", "#0072B2", 3.0),
-    Kind.PREFETCH: ("prefetch", "#009E73", 3.0),
-    Kind.DEMAND: ("on demand", "#D55E00", 4.0),
-    Kind.POISON: ("poisoned", "#000000", 40.0),
+    # Yellow is for dark screens.
+    kind: (label, "#000000" if kind is Kind.POISON else colour, _SIZES.get(kind, 3.0))
+    for kind, (label, colour) in KINDS.items()
 }
-_RESIDENT: Final = "#56B4E9"
 _INK: Final = "#333333"
 # More points than this are beyond what can be seen, and make files large: every n-th is drawn.
 _MOST_POINTS: Final = 120_000
@@ -113,7 +111,7 @@ def _draw_blocks(axes: Axes, recording: Recording) -> None:
     handles, labels = axes.get_legend_handles_labels()
     # The reader's order: first what somebody waited for.
     order = sorted(range(len(labels)), key=lambda i: list(_STYLE)[::-1].index(_kind_of(labels[i])))
-    patch = _patch(_RESIDENT, "resident")
+    patch = _patch(RESIDENT, "resident")
     axes.legend(
         [*(handles[i] for i in order), patch], [*(labels[i] for i in order), "resident"],
         loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(labels) + 1, frameon=False, fontsize=9,
@@ -136,7 +134,7 @@ def _shade_resident(axes: Axes, recording: Recording, extent: tuple[float, float
 
     share = occupancy(recording, columns=900, rows=480)
     image = np.empty((*share.shape, 4), np.float32)
-    image[..., :3] = to_rgb(_RESIDENT)
+    image[..., :3] = to_rgb(RESIDENT)
     # A cell with few of its blocks resident must still be seen: look-ups leave one block here, one there.
     image[..., 3] = np.where(share > 0, 0.15 + 0.35 * np.clip(share, 0, 1), 0)
     axes.imshow(image, origin="lower", aspect="auto", extent=extent, interpolation="nearest", zorder=0)
@@ -147,7 +145,7 @@ def _draw_memory(axes: Axes, recording: Recording) -> None:
     highest = max(int(level.max()), recording.budget or 0, recording.block)
     scale, unit = _unit(highest)
     thin = slice(None, None, -(-len(times) // 20_000))
-    axes.fill_between(times[thin], level[thin] / scale, step="post", color=_RESIDENT, alpha=0.45, linewidth=0)
+    axes.fill_between(times[thin], level[thin] / scale, step="post", color=RESIDENT, alpha=0.45, linewidth=0)
     axes.step(times[thin], level[thin] / scale, where="post", color="#0072B2", linewidth=1.0)
     peak = f"peak {format_size(int(level.max()))}"
     if recording.budget is not None:
