@@ -18,6 +18,10 @@ GROUPS = (
     "delivery",
     "writing",
     "workers",
+    "tracking",
+    "tracking_accesses",
+    "recording",
+    "replay",
     "scans",
     "lookups",
     "replacement",
@@ -54,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     last_source = ""
     for group, comparison in chain([first], chosen):
+        if comparison.not_run:
+            print(f"\n# {group}/{comparison.name} is not run here: it needs {comparison.not_run}")
+            continue
         for row in run(group, comparison, scale.repeats, realtime=options.realtime):
             if row.source != last_source:
                 print(table.source(row))

@@ -90,6 +90,8 @@ class Comparison:
     """How many times the usual number of repetitions: more for what is short and noisy."""
     placement: str = ""
     """What the sides pin themselves, in words."""
+    not_run: str = ""
+    """Why it is not run here: what this machine lacks."""
 
     @property
     def pinning(self) -> str:

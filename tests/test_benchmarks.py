@@ -14,7 +14,8 @@ PROGRAM = "import sys; from benchmarks.__main__ import main; sys.exit(main(sys.a
 
 
 GROUPS = [
-    "faults", "delivery", "writing", "workers", "scans", "lookups", "replacement", "startup", "peers", "kernel"
+    "faults", "delivery", "writing", "workers", "tracking", "tracking_accesses", "recording", "replay", "scans",
+    "lookups", "replacement", "startup", "peers", "kernel",
 ]  # fmt: skip
 
 
