@@ -43,7 +43,7 @@ layers: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest userfault._engine
+	$(BIN)/python -m mypy.stubtest userfault._engine userfault._allocations userfault._mirror
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -1,8 +1,8 @@
 """Checks the layers of the design with import-linter: `python tools/layers.py`.
 
-import-linter reads Python sources only, so to it the compiled `userfault._engine` does not exist, and a
-forbidden import of it would go unseen. The contracts in pyproject.toml are therefore checked on a copy of the
-package in which the engine's stub stands as `_engine.py`.
+import-linter reads Python sources only, so to it the compiled modules do not exist, and a
+forbidden import of one would go unseen. The contracts in pyproject.toml are therefore checked on a copy of the
+package in which their stubs stand as Python modules.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder, "userfault")
         shutil.copytree(ROOT / "src" / "userfault", package, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(package / "_engine.pyi", package / "_engine.py")
+        for stub in package.glob("_*.pyi"):
+            shutil.copy(stub, stub.with_suffix(".py"))
         run = "from importlinter.cli import lint_imports_command; lint_imports_command()"
         # The copy must win over the installed package, which comes later in the path. Without `site` (-S) no .pth
         # file is read either: an editable installation would put its own finder before all paths.
