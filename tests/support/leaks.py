@@ -50,6 +50,7 @@ POOL_LIBRARIES = (
 )
 # Processes that Python itself keeps for its own use until it ends.
 KEPT_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+USERFAULTFD = "anon_inode:[userfaultfd]"
 # Opened once and kept by each of the two extension modules that hold a copy of the engine: a forked child that has
 # dropped its privileges makes its userfaultfds from it (engine/host.c).
 KEPT_DESCRIPTORS = ("/dev/userfaultfd",)
@@ -78,11 +79,16 @@ class Holdings:
     @classmethod
     def now(cls) -> Holdings:
         """Look at this process."""
+        descriptors, children = _descriptors(), _children()
+        # A registration ends with the last descriptor of its userfaultfd, which only these can hold.
+        registered = USERFAULTFD in descriptors.values() or any(
+            not any(kept in command for kept in KEPT_PROCESSES) for command in children.values()
+        )
         return cls(
             _threads(),
-            _descriptors(),
-            _children(),
-            _mappings(),
+            descriptors,
+            children,
+            _mappings() if registered else _shared_memory(),
             _files(),
             frozenset(name for name in POOL_LIBRARIES if name in sys.modules),
         )
@@ -124,16 +130,16 @@ def leaks_since(before: Holdings, settle_s: float = SETTLE_S) -> list[str]:
     never = threading.Event()
     pause_s = 0.001
     while True:
-        gc.collect()
         if pager is not None:
             pager.shutdown()
         lines = Holdings.now().growth(before)
         if not lines or time.monotonic() > deadline:
             return lines
-        # No event tells of a native thread's end: look again, at growing intervals. Every look collects
-        # again: arrays in cycles may go late, and `shutdown` does nothing while one lives.
+        # No event tells of a native thread's end: look again, at growing intervals. Every further look collects
+        # first: arrays in cycles may go late, and `shutdown` does nothing while one lives.
         never.wait(pause_s)
         pause_s = min(pause_s * 2, 0.1)
+        gc.collect()
 
 
 _warm: set[str] = set()
@@ -201,10 +207,20 @@ def _children() -> dict[int, str]:
 _REGISTERED = {"um", "uw", "ui", "ur"}
 
 
+def _shared_memory() -> dict[str, str]:
+    """The engine's shared memory, from a listing that costs little."""
+    found = {}
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+        key, _, value = line.partition(" ")
+        if "userfault" in value and "memfd:" in value:
+            found[key] = value
+    return found
+
+
 def _mappings() -> dict[str, str]:
     """Mappings registered with a userfaultfd (by their VmFlags), and the engine's shared memory."""
     found = {}
-    # Thousands of lines, read twice for every test: cut into mappings, not into lines.
+    # Thousands of lines, for which the kernel walks the page tables: cut into mappings, not into lines.
     first, *others = Path("/proc/self/smaps").read_text(errors="replace").split("\nVmFlags: ")
     head = first.partition("\n")[0]
     for text in others:
