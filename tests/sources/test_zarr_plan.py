@@ -104,7 +104,7 @@ def test_v2_filters(tmp_path: Path) -> None:
         (zarr.codecs.Crc32cCodec(),),
         (zarr.codecs.ZstdCodec(level=1), zarr.codecs.Crc32cCodec()),
     ],
-    ids=str,
+    ids=["none", "zstd", "blosc", "gzip", "crc32c", "zstd-crc32c"],
 )
 def test_v3_compressors(tmp_path: Path, compressors: Any) -> None:
     same(tmp_path, 3, compressors=compressors)
