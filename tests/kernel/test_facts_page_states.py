@@ -42,6 +42,7 @@ from support.kernel_facts import (
 )
 from support.kernel_releases import documented
 from support.kernel_scenarios import huge_area
+from support.machine import KSM, merging
 from support.ring import ASYNC, READ_FIXED, RECEIVE, Ring, needs_io_uring
 from support.waiting import wait_until
 from userfault.kernel import (
@@ -186,27 +187,6 @@ def test_a_page_that_is_dropped_while_pinned_is_another_one_afterwards() -> None
 
 # --- 9: KSM ---------------------------------------------------------------------------------------------------
 
-_KSM = Path("/sys/kernel/mm/ksm")
-
-
-@contextlib.contextmanager
-def merging() -> Iterator[None]:
-    """Have KSM run, fast; skip where it cannot be had."""
-    if not os.access(_KSM / "run", os.W_OK):
-        pytest.skip("needs KSM, and root to start it")
-    if int((_KSM / "pages_shared").read_text()):
-        # Virtual machines, for example: to go over their memory takes minutes.
-        pytest.skip("needs KSM that nobody else uses")
-    wanted = {"pages_to_scan": "100000", "sleep_millisecs": "1", "run": "1"}
-    before = {name: (_KSM / name).read_text() for name in wanted}
-    for name, value in wanted.items():
-        (_KSM / name).write_text(value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            (_KSM / name).write_text(value)
-
 
 def merged(area: Area) -> bool:
     """Whether two pages of an area are one: only root sees their frames."""
@@ -245,7 +225,7 @@ def test_merged_pages_lose_their_protection_count_as_written_and_do_not_move() -
             found.memory.madvise(Advice.MERGEABLE)
 
         def all_merged() -> bool:
-            (_KSM / "run").write_text("1")  # in case that another run of this test has just ended
+            (KSM / "run").write_text("1")  # in case that another run of this test has just ended
             return all(merged(found) for found in areas)
 
         wait_until(all_merged, "the pages are merged")

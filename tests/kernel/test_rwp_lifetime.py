@@ -6,7 +6,6 @@ import contextlib
 import faulthandler
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -23,6 +22,7 @@ from support.kernel import (
     waiters,
 )
 from support.kernel_facts import Job
+from support.machine import KSM, exclusively
 from support.rwp import (
     ASYNC,
     DIFFERENT_KINDS,
@@ -154,23 +154,21 @@ def test_shared_memory_that_is_reclaimed_is_not_protected() -> None:
         assert area.head(1) == area.pattern(1)[:32]
 
 
-_KSM = Path("/sys/kernel/mm/ksm")
-
-
 @contextlib.contextmanager
 def _equal_pages_are_merged() -> Iterator[None]:
     settings = {"sleep_millisecs": "1", "pages_to_scan": "10000", "run": "1"}
-    if not _KSM.exists():
+    if not KSM.exists():
         pytest.skip("needs KSM")
-    before = {name: (_KSM / name).read_text() for name in settings}
-    try:
-        for name, value in settings.items():
-            (_KSM / name).write_text(value)
-        yield
-    finally:
-        (_KSM / "run").write_text("2")  # unmerge
-        for name, value in before.items():
-            (_KSM / name).write_text(value)
+    with exclusively(KSM / "run"):
+        before = {name: (KSM / name).read_text() for name in settings}
+        try:
+            for name, value in settings.items():
+                (KSM / name).write_text(value)
+            yield
+        finally:
+            (KSM / "run").write_text("2")  # unmerge
+            for name, value in before.items():
+                (KSM / name).write_text(value)
 
 
 @pytest.mark.fact("5.9")

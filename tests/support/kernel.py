@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import pytest
 
+from support.machine import exclusively
 from support.waiting import wait_until
 from userfault.kernel import Feature, Mapping, Userfaultfd, abi
 from userfault.kernel.events import AnyEvent
@@ -67,19 +68,22 @@ def available_features() -> Feature:
 @contextlib.contextmanager
 def huge_pages(count: int) -> Iterator[None]:
     """Add huge pages of 2 MiB to the pool and give them back; skip where that is not possible."""
-    try:
-        before = int(_POOL.read_text())
-        _POOL.write_text(str(before + count))
-        there = int(_POOL.read_text())
-    except OSError:
+    if not os.access(_POOL, os.W_OK):
         pytest.skip("needs 2 MiB huge pages")
-    try:
-        if there < before + count:
+    with exclusively(_POOL):
+        try:
+            before = int(_POOL.read_text())
+            _POOL.write_text(str(before + count))
+            there = int(_POOL.read_text())
+        except OSError:
             pytest.skip("needs 2 MiB huge pages")
-        yield
-    finally:
-        # Not what was there before: other programs may have changed the pool meanwhile.
-        _POOL.write_text(str(int(_POOL.read_text()) - (there - before)))
+        try:
+            if there < before + count:
+                pytest.skip("needs 2 MiB huge pages")
+            yield
+        finally:
+            # Not what was there before: other programs may have changed the pool meanwhile.
+            _POOL.write_text(str(int(_POOL.read_text()) - (there - before)))
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +12,7 @@ import pytest
 from support.kernel import HUGE, Area, huge_pages, in_child
 from support.kernel_facts import mapped_huge, swap_out
 from support.kernel_scenarios import huge_area
+from support.machine import KSM, merging
 from support.ring import READ_FIXED, Ring, needs_io_uring
 from support.tracking import PAGE, memory_of, pages, poke
 from support.waiting import wait_until
@@ -104,27 +102,6 @@ def test_pages_in_swap_keep_what_is_known_of_them() -> None:
         del array, w
 
 
-_KSM = Path("/sys/kernel/mm/ksm")
-
-
-@contextlib.contextmanager
-def merging() -> Iterator[None]:
-    """Have KSM run, fast; skip where it cannot be had."""
-    if not os.access(_KSM / "run", os.W_OK):
-        pytest.skip("needs KSM, and root to start it")
-    if int((_KSM / "pages_shared").read_text()):
-        pytest.skip("needs KSM that nobody else uses")
-    wanted = {"pages_to_scan": "100000", "sleep_millisecs": "1", "run": "1"}
-    before = {name: (_KSM / name).read_text() for name in wanted}
-    for name, value in wanted.items():
-        (_KSM / name).write_text(value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            (_KSM / name).write_text(value)
-
-
 def test_merged_pages_pass_for_written_and_a_note_says_so() -> None:
     with merging(), Mapping.anonymous(2 * PAGE) as memory:
         array = np.frombuffer(memory.view(), np.uint8)
@@ -135,7 +112,7 @@ def test_merged_pages_pass_for_written_and_a_note_says_so() -> None:
             memory.madvise(Advice.MERGEABLE)
 
             def merged() -> bool:
-                (_KSM / "run").write_text("1")
+                (KSM / "run").write_text("1")
                 frames = [int(number) & ((1 << 55) - 1) for number in pagemap.entries(memory)]
                 return frames[0] == frames[1]
 
