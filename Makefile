@@ -10,6 +10,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 ARGS ?=
 FUZZ_ROUNDS ?= 5000
+# Test processes beside each other; JOBS=0: none but pytest's own.
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -24,7 +26,7 @@ run: $(VENV)/.run
 	$(BIN)/userfault demo $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # KERNELS="6.1 7.3" chooses; without it all of the matrix.
 KERNELS ?=
@@ -80,7 +82,7 @@ clean:
 
 help:
 	@echo 'make run [ARGS=...]    build, then userfault demo (ARGS=FILE for a file of yours)'
-	@echo 'make test [ARGS=...]   build, then the test suite (ARGS="-k zarr" for a part of it)'
+	@echo 'make test [ARGS=...]   build, then the test suite (ARGS="-k zarr" for a part of it, JOBS=0 for one process)'
 	@echo 'make test-kernels      the tests of the kernel API and the engine on real kernels in QEMU (KERNELS="6.1 7.3" for some)'
 	@echo 'make test-asan-python  the tests of the package under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make soak              the tests of survival, the state machines and the fuzzer with many more rounds, for hours'
