@@ -145,6 +145,8 @@ static void together(bool spilled_before)
 	CHECK(pid >= 0);
 	if (!pid)
 		alarm(60);
+	close(pid ? to_child[0] : to_child[1]); // so that the end of the other side is seen
+	close(pid ? to_parent[1] : to_parent[0]);
 	for (uint64_t round = 0; round < 3; round++) {
 		if (pid || round)
 			CHECK(read(pid ? to_parent[0] : to_child[0], &turn, 1) == 1, "the other side died");
@@ -162,10 +164,8 @@ static void together(bool spilled_before)
 	int status;
 	CHECK(waitpid(pid, &status, 0) == pid && status == 0, "%#x", status);
 	array_right(&a, "the parent in the end");
-	for (int i = 0; i < 2; i++) {
-		close(to_child[i]);
-		close(to_parent[i]);
-	}
+	close(to_child[1]);
+	close(to_parent[0]);
 	array_end(&a);
 	test_settle(p);
 	test_end(p);
