@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="machines at a time (%(default)s)"
     )
     parser.add_argument("--processors", type=int, default=1, help="of one machine (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=600, help="until a machine is ended (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=840, help="until a machine is ended (%(default)s)")
     parser.add_argument(
         "--only", choices=("pytest", "engine"), help="run one of the two, and do not compare skips"
     )
