@@ -14,6 +14,8 @@ void uf_log(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void uf_histogram_add(struct uf_histogram *h, uint64_t ns);
 int uf_thread_start(pthread_t *thread, void *(*run)(void *), void *arg);
 void uf_thread_name(const char *name);
+// Cuts a huge page of which [at, at + length) is a part, and touches nothing of it.
+void uf_cut_huge_page(void *at, size_t length);
 int uf_high_dup(int fd);
 int uf_high_fd(int fd); // moves a descriptor above those that a child's set-up uses; -1 and errno on failure
 void uf_bell_ring(int fd);

@@ -209,6 +209,7 @@ static int collect(struct uf_mirror *m, const struct uf_span *runs, size_t n, bo
 	if (!err && busy.n) {
 		struct uf_span *again = malloc(busy.n * sizeof(*again));
 		for (size_t i = 0; i < busy.n; i++) {
+			uf_cut_huge_page((void *)(uintptr_t)busy.at[i].start, busy.at[i].end - busy.at[i].start);
 			if (again)
 				again[i] = (struct uf_span){busy.at[i].start, busy.at[i].end};
 			for (uint64_t a = busy.at[i].start; a < busy.at[i].end; a += m->page)

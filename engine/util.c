@@ -6,12 +6,17 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "internal.h"
+
+#ifndef MADV_COLD
+#define MADV_COLD 20
+#endif
 
 uint64_t uf_now_ns(void)
 {
@@ -84,6 +89,14 @@ int uf_thread_start(pthread_t *thread, void *(*run)(void *), void *arg)
 void uf_thread_name(const char *name)
 {
 	prctl(PR_SET_NAME, name, 0, 0, 0);
+}
+
+// UFFDIO_MOVE asks whether a page is this process's alone of the first page of the large folio that it is in (mm/userfaultfd.c: it
+// looks at folio->page). Where a forked child, gone since, had shared the folio, making the pages to be moved one's own does not help
+// then, as long as they are a part of it. MADV_COLD (5.4) splits a folio that it covers in part.
+void uf_cut_huge_page(void *at, size_t length)
+{
+	madvise(at, length, MADV_COLD);
 }
 
 int uf_high_dup(int fd)

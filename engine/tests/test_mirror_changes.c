@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The address space changes under tracked memory at the worst moments: while another thread forks, with no mapping left to split.
+// The address space changes under tracked memory at the worst moments: while another thread forks, with no mapping left to split;
+// or has changed before: huge pages that a child shared.
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -126,6 +127,50 @@ static void protected_parts(int protection, int advice, const char *what)
 	CHECK(munmap(p - PAGE, (SHORT + 2) * PAGE) == 0);
 }
 
+static void does_nothing(void *arg)
+{
+	(void)arg;
+}
+
+// What is tracked is a part of a huge page that a child shared: it is this process's alone again when the child has ended.
+static void part_of_a_huge_page(bool without_the_first)
+{
+	enum { HUGE_SIZE = 2 << 20, FIRST = 64, PAGES = 16 };
+	uint8_t *p = mmap(NULL, 2 * HUGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(p != MAP_FAILED);
+	uint8_t *huge = (uint8_t *)(((uintptr_t)p + HUGE_SIZE - 1) & ~(uintptr_t)(HUGE_SIZE - 1));
+	madvise(huge, HUGE_SIZE, MADV_HUGEPAGE);
+	for (uint64_t i = 0; i < HUGE_SIZE / PAGE; i++)
+		huge[i * PAGE] = byte_of(i);
+	CHECK(test_in_child(does_nothing, NULL) == 0);
+	if (without_the_first)
+		CHECK(madvise(huge, PAGE, MADV_DONTNEED) == 0);
+	struct uf_span all = {(uintptr_t)huge + FIRST * PAGE, (uintptr_t)huge + (FIRST + PAGES) * PAGE};
+	CHECK(uf_mirror_begin(&all, 1) == 0);
+	for (int round = 0; round < 3; round++) {
+		int read = FIRST + 3 + round, written = FIRST + 9 + round;
+		if (round) {
+			CHECK(huge[read * PAGE] == byte_of((uint64_t)read));
+			huge[written * PAGE] = byte_of((uint64_t)written);
+		}
+		struct uf_found *found;
+		size_t n;
+		CHECK(uf_mirror_collect(&all, 1, true, &found, &n) == 0);
+		CHECK(n == (round ? 2u : 0u), "round %d: %zu ranges", round, n);
+		for (size_t i = 0; i < n; i++) {
+			int page = (int)((found[i].start - (uintptr_t)huge) / PAGE);
+			uint64_t want = UF_FOUND_ACCESSED | (page == written ? UF_FOUND_WRITTEN : 0);
+			CHECK(found[i].end - found[i].start == PAGE && (page == read || page == written) && found[i].what == want,
+			      "page %d: %d", page, (int)found[i].what);
+		}
+		free(found);
+	}
+	CHECK(uf_mirror_end(&all, 1) == 0);
+	for (uint64_t i = without_the_first; i < HUGE_SIZE / PAGE; i++)
+		CHECK(huge[i * PAGE] == byte_of(i));
+	CHECK(munmap(p, 2 * HUGE_SIZE) == 0);
+}
+
 // The end of the middle of an area needs two mappings more than there may be. It is whole all the same, and nobody hangs.
 static void no_mappings_left(void)
 {
@@ -172,6 +217,10 @@ int main(int argc, char **argv)
 		protected_parts(PROT_NONE, 0, "no access");
 	if (RUN("not-copied"))
 		protected_parts(PROT_NONE, MADV_DONTFORK, "not copied");
+	if (RUN("huge"))
+		part_of_a_huge_page(false);
+	if (RUN("huge-first-gone"))
+		part_of_a_huge_page(true);
 	if (!TEST_TSAN && !TEST_ASAN && RUN("no-mappings-left")) // they need some themselves
 		no_mappings_left();
 	return 0;

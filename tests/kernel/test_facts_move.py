@@ -319,3 +319,25 @@ def test_but_not_while_a_child_shares_it() -> None:
             assert move(uffd, area.page(8), stash.page(8)) == BUSY
             child.send("end")
             child.receive()
+
+
+def test_a_part_that_a_child_shared_is_refused_until_it_is_cut_off() -> None:
+    """Whether a page is this process's alone is asked of the first page of the folio that it is in."""
+    with huge_stash() as stash, huge_area(1) as area, Userfaultfd() as uffd:
+        uffd.register(area.memory)
+        stash.memory.madvise(Advice.DONTDUMP, 8 * PAGE, 8 * PAGE)  # now it is mapped in small pages
+        assert not mapped_huge(stash.start)
+        with subject(_hold) as child:
+            child.send("end")
+            child.receive()
+            child.wait()
+        assert move(uffd, area.page(8), stash.page(8)) == BUSY
+        frame = _frame(stash.page(8))
+        stash.memory.write(8 * PAGE, b"mine")
+        if (
+            _frame(stash.page(8)) == frame
+        ):  # before Linux 6.15 a write copies it, and that is a page of its own
+            assert move(uffd, area.page(8), stash.page(8)) == BUSY
+            stash.memory.madvise(Advice.COLD, 8 * PAGE, PAGE)
+        assert move(uffd, area.page(8), stash.page(8)) == Answer(0, PAGE)
+        assert bytes_at(area.page(8))[:4] == b"mine"

@@ -193,8 +193,7 @@ def _file(folder: str | None) -> Callable[[contextlib.ExitStack, int], NDArray[n
 
 
 def _numpy(stack: contextlib.ExitStack, nbytes: int) -> NDArray[np.uint8]:
-    # A mapping of its own: pages of the heap are blind when the kernel cannot move them, as after a fork.
-    whole = np.zeros(nbytes + (40 << 20), np.uint8)
+    whole = np.zeros(nbytes + PAGE, np.uint8)
     skip = -whole.ctypes.data % PAGE
     return whole[skip : skip + nbytes]
 
