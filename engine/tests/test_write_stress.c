@@ -198,6 +198,14 @@ static bool nothing_leaves(void *arg)
 	return none;
 }
 
+// Whether everything that is to be tried came about.
+static bool enough(void)
+{
+	struct uf_stats s = test_stats(memory);
+	unsigned least = getenv("UF_TEST_SLOW") ? 1 : 10;
+	return s.writebacks > 10 * least && atomic_load(&failures) >= least && s.reinstalled >= least && s.upgrades > least;
+}
+
 static void finish_and_check(int fd, enum uf_store_kind store, bool no_move)
 {
 	atomic_store(&trouble, false);
@@ -224,9 +232,7 @@ static void finish_and_check(int fd, enum uf_store_kind store, bool no_move)
 	printf("  %s, store %d: %llu stamps, %llu written back, %lu of %lu writes failed, %llu came back from a slot, %llu upgrades\n",
 	       no_move ? "copies" : "moves", store, (unsigned long long)total, (unsigned long long)s.writebacks,
 	       atomic_load(&failures), atomic_load(&writes), (unsigned long long)s.reinstalled, (unsigned long long)s.upgrades);
-	unsigned least = getenv("UF_TEST_SLOW") ? 1 : 10;
-	CHECK(s.writebacks > 10 * least && atomic_load(&failures) >= least && s.reinstalled >= least && s.upgrades > least,
-	      "this was no stress");
+	CHECK(enough(), "this was no stress");
 	uf_memory_destroy(memory);
 	close(fd);
 	test_settle(pager);
@@ -267,7 +273,8 @@ static void stress(bool no_move, enum uf_store_kind store, uint64_t block_size, 
 	atomic_store(&trouble, true);
 	test_crowd_start(&c, THREADS, writer, NULL);
 	test_crowd_start(&d, 2, flusher, NULL);
-	uint64_t end = uf_now_ns() + (uint64_t)(seconds * 1e9);
+	// Where all is slow, some of it is rare.
+	uint64_t end = uf_now_ns() + (uint64_t)(seconds * 1e9), latest = end + 20000000000;
 	do {
 		test_crowd_work(&c, 50, "writers");
 		poll(NULL, 0, 20);
@@ -275,7 +282,7 @@ static void stress(bool no_move, enum uf_store_kind store, uint64_t block_size, 
 			int status = test_in_child(child_checks, NULL);
 			CHECK(status == 0, "a child: status %#x", status);
 		}
-	} while (uf_now_ns() < end);
+	} while (uf_now_ns() < end || (!enough() && uf_now_ns() < latest));
 	test_crowd_stop(&c, "writers");
 	test_crowd_stop(&d, "flush and evict");
 	finish_and_check(fd, store, no_move);
