@@ -122,7 +122,7 @@ static void nothing_lost(bool accesses, enum uf_delivery delivery)
 	static uint64_t before[BLOCKS], told[BLOCKS];
 	memset(told, 0, sizeof(told));
 	test_crowd_start(&crowd, 4, write_blocks, &s);
-	int rounds = test_rounds(TEST_TSAN ? 40 : 120); // a round takes it half a second
+	int rounds = test_rounds(120);
 	for (int round = 0; round < rounds; round++) {
 		for (uint64_t b = 0; b < BLOCKS; b++)
 			before[b] = atomic_load(&s.stamp[b]);

@@ -334,9 +334,8 @@ def test_a_part_that_a_child_shared_is_refused_until_it_is_cut_off() -> None:
         assert move(uffd, area.page(8), stash.page(8)) == BUSY
         frame = _frame(stash.page(8))
         stash.memory.write(8 * PAGE, b"mine")
-        if (
-            _frame(stash.page(8)) == frame
-        ):  # before Linux 6.15 a write copies it, and that is a page of its own
+        # Before Linux 6.15 a write copies it, and that is a page of its own.
+        if _frame(stash.page(8)) == frame:
             assert move(uffd, area.page(8), stash.page(8)) == BUSY
             stash.memory.madvise(Advice.COLD, 8 * PAGE, PAGE)
         assert move(uffd, area.page(8), stash.page(8)) == Answer(0, PAGE)
