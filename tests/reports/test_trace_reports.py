@@ -101,6 +101,15 @@ def test_the_working_set_by_percentiles_and_objects() -> None:
     assert sum(layer.values for layer in layers)[-1] == pytest.approx(3 * 512 * PAGE)
 
 
+def test_no_window_is_longer_than_the_run() -> None:
+    make = TraceMaker()
+    thing = make.add("x", 8 * PAGE)
+    for start in range(0, 3810, 381):
+        make.sample(thing, start, start + 381, (0, 1, 0))
+    found = next(iter(tables(wss(make.build(3810))).values()))
+    assert [row[0] for row in found.rows] == [0.4, pytest.approx(3.81)]  # ten looks would be rounded to 4 s
+
+
 def test_writes_alone_are_not_called_a_working_set() -> None:
     report = wss(temporaries(3))
     assert report.title.startswith("Written within ")

@@ -38,14 +38,14 @@ def by_number(trace: Trace) -> Trace:
 
 
 def usual_windows(trace: Trace) -> tuple[float, ...]:
-    """Return three windows in seconds: about ten looks, a tenth of the time, and all of it."""
+    """Return windows in seconds: one look and ten looks, as far as they are shorter than it, and all of the time."""
     samples = trace.samples
     whole = max(trace.duration_ns / 1e9, 1e-9)
     if not len(samples):
         return (whole,)
     # Intervals adapt to what they cost. A window that is shorter than one would often be empty.
     look = float(np.percentile(samples["stop_ns"] - samples["start_ns"], 95)) / 1e9
-    return tuple(sorted({_rounded(min(max(look, 1e-9), whole)), _rounded(min(10 * look, whole)), whole}))
+    return (*sorted({w for w in (_rounded(max(look, 1e-9)), _rounded(10 * look)) if w < whole}), whole)
 
 
 def _rounded(seconds: float) -> float:
